@@ -1,0 +1,32 @@
+#include "bindings/bindings.hpp"
+
+namespace py = pybind11;
+
+namespace kvcached {
+
+void raise_if_failed(const Status& status) {
+  if (status.is_ok()) return;
+  const char* name = "KvcachedError";
+  switch (status.code()) {
+    case Code::kOutOfMemory: name = "OutOfMemoryError"; break;
+    case Code::kInvalidArgument: name = "InvalidArgumentError"; break;
+    case Code::kDriver: name = "DriverError"; break;
+    case Code::kUnavailable: name = "UnavailableError"; break;
+    case Code::kLedger: name = "LedgerError"; break;
+    case Code::kBusy: name = "LedgerBusyError"; break;
+    case Code::kOk: break;
+  }
+  // kvcached.errors is pure Python and imports nothing of ours, so this cannot recurse.
+  py::object type = py::module_::import("kvcached.errors").attr(name);
+  PyErr_SetString(type.ptr(), status.message().c_str());
+  throw py::error_already_set();
+}
+
+} // namespace kvcached
+
+PYBIND11_MODULE(vmm_ops, module) {
+  module.doc() = "The C++ core of kvcached: virtual memory, blocks and the ledger's segment.";
+  kvcached::bind_arena(module);
+  kvcached::bind_blocks(module);
+  kvcached::bind_segment(module);
+}
