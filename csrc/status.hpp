@@ -9,16 +9,16 @@ namespace kvcached {
 
 enum class Code : int32_t {
   kOk = 0,
-  kOutOfMemory,     // the device has no memory for a page; the caller may reclaim and retry
-  kInvalidArgument, // the caller named a block, page or size that does not fit
-  kDriver,          // the driver or kernel refused for another reason
-  kUnavailable,     // no driver, no device, or no virtual memory management here
-  kLedger,          // the ledger file is cut, foreign or of another version
-  kBusy,            // a live process holds the ledger's lock and does not let go
+  kOutOfMemory,      // the device has no memory for a page; the caller may reclaim and retry
+  kInvalidArgument,  // the caller named a block, page or size that does not fit
+  kDriver,           // the driver or kernel refused for another reason
+  kUnavailable,      // no driver, no device, or no virtual memory management here
+  kLedger,           // the ledger file is cut, foreign or of another version
+  kBusy,             // a live process holds the ledger's lock and does not let go
 };
 
 class [[nodiscard]] Status {
-public:
+ public:
   Status() = default;
   Status(Code code, std::string message) : code_(code), message_(std::move(message)) {}
 
@@ -28,9 +28,9 @@ public:
   Code code() const { return code_; }
   const std::string& message() const { return message_; }
 
-private:
+ private:
   Code code_ = Code::kOk;
   std::string message_;
 };
 
-} // namespace kvcached
+}  // namespace kvcached

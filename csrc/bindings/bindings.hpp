@@ -11,7 +11,8 @@ namespace kvcached {
 void raise_if_failed(const Status& status);
 
 void bind_arena(pybind11::module_& module);
+void bind_block_queue(pybind11::module_& module);
 void bind_blocks(pybind11::module_& module);
 void bind_segment(pybind11::module_& module);
 
-} // namespace kvcached
+}  // namespace kvcached

@@ -8,13 +8,26 @@ void raise_if_failed(const Status& status) {
   if (status.is_ok()) return;
   const char* name = "KvcachedError";
   switch (status.code()) {
-    case Code::kOutOfMemory: name = "OutOfMemoryError"; break;
-    case Code::kInvalidArgument: name = "InvalidArgumentError"; break;
-    case Code::kDriver: name = "DriverError"; break;
-    case Code::kUnavailable: name = "UnavailableError"; break;
-    case Code::kLedger: name = "LedgerError"; break;
-    case Code::kBusy: name = "LedgerBusyError"; break;
-    case Code::kOk: break;
+    case Code::kOutOfMemory:
+      name = "OutOfMemoryError";
+      break;
+    case Code::kInvalidArgument:
+      name = "InvalidArgumentError";
+      break;
+    case Code::kDriver:
+      name = "DriverError";
+      break;
+    case Code::kUnavailable:
+      name = "UnavailableError";
+      break;
+    case Code::kLedger:
+      name = "LedgerError";
+      break;
+    case Code::kBusy:
+      name = "LedgerBusyError";
+      break;
+    case Code::kOk:
+      break;
   }
   // kvcached.errors is pure Python and imports nothing of ours, so this cannot recurse.
   py::object type = py::module_::import("kvcached.errors").attr(name);
@@ -22,7 +35,7 @@ void raise_if_failed(const Status& status) {
   throw py::error_already_set();
 }
 
-} // namespace kvcached
+}  // namespace kvcached
 
 PYBIND11_MODULE(vmm_ops, module) {
   module.doc() = "The C++ core of kvcached: virtual memory, blocks and the ledger's segment.";

@@ -1,0 +1,127 @@
+// The block allocator: which blocks are free, cached or in use, and on which pages they lie.
+//
+// Every operation costs O(1) for each block that it moves, whatever the size of the pool. Blocks
+// are handed out from partly used pages before empty ones and from low pages before high ones, so
+// that whole pages come free and can be unmapped. A cached block is free for others, but its
+// contents still answer a prefix hit; cached blocks are evicted in the order in which they were
+// freed. Not thread-safe: one scheduler owns a pool.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "status.hpp"
+
+namespace kvcached {
+
+// A set of small integers that finds its lowest or highest member in a few steps (a tree of
+// 64-bit words: four levels cover sixteen million).
+class OrderedSet {
+ public:
+  explicit OrderedSet(int32_t capacity);
+  void insert(int32_t value);
+  void erase(int32_t value);
+  bool contains(int32_t value) const { return (levels_[0][value >> 6] >> (value & 63)) & 1; }
+  int32_t first() const;  // -1 where empty
+  int32_t last() const;   // -1 where empty
+
+ private:
+  std::vector<std::vector<uint64_t>> levels_;
+};
+
+// Doubly linked lists threaded through arrays, indexed by block or page id.
+class LinkedIds {
+ public:
+  explicit LinkedIds(int32_t capacity);
+  void push_back(int32_t id);
+  void erase(int32_t id);
+  int32_t front() const { return next_[sentinel_] == sentinel_ ? -1 : next_[sentinel_]; }
+  int32_t after(int32_t id) const { return next_[id] == sentinel_ ? -1 : next_[id]; }
+
+ private:
+  int32_t sentinel_;
+  std::vector<int32_t> next_;
+  std::vector<int32_t> previous_;
+};
+
+class Blocks {
+ public:
+  // The page of block 0 (page 0) is pinned: present from the start and never given up. Block 0 is
+  // in use from the start if `reserve_block0`.
+  Blocks(int32_t num_blocks, int32_t blocks_per_page, bool reserve_block0);
+  static Status validate(int64_t num_blocks, int64_t blocks_per_page);
+
+  // --- blocks. All or nothing; on failure the state is unchanged.
+  // Hands out `count` ids: free blocks first, then cached ones, oldest first. kOutOfMemory is the
+  // ordinary answer where fewer than `count` are available.
+  Status alloc(int64_t count, int32_t* ids);
+  // Ends the use of blocks. Where `cached[i]` (nullptr: never), block i keeps its contents.
+  Status free(const int32_t* ids, const uint8_t* cached, int64_t count);
+  // Takes cached blocks back into use (a prefix hit).
+  Status touch(const int32_t* ids, int64_t count);
+  // Takes one block that is free or cached into use.
+  Status take(int32_t id);
+  // All cached blocks become free.
+  void uncache_all();
+
+  // --- pages.
+  // Makes up to `count` of the lowest absent pages present; appends their ids.
+  void grow(int64_t count, std::vector<int32_t>& pages);
+  Status add_page(int32_t page);
+  // Gives up to `count` empty pages, highest first; appends their ids.
+  void shrink(int64_t count, std::vector<int32_t>& pages);
+  // Gives up to `count` unused pages with cached blocks, longest unused first; appends the pages
+  // and the blocks whose contents are lost.
+  void reclaim(int64_t count, std::vector<int32_t>& pages, std::vector<int32_t>& evicted);
+
+  int64_t available() const { return free_ + cached_; }
+  int64_t free_blocks() const { return free_; }
+  int64_t cached_blocks() const { return cached_; }
+  int64_t used_blocks() const { return used_; }
+  int32_t num_blocks() const { return num_blocks_; }
+  int32_t blocks_per_page() const { return blocks_per_page_; }
+  int32_t num_pages() const { return num_pages_; }
+  int32_t present_pages() const { return present_; }
+  int32_t empty_pages() const { return empty_; }
+  int32_t idle_pages() const { return idle_; }  // unused, with cached blocks
+  bool is_present(int32_t page) const {
+    return page >= 0 && page < num_pages_ && present_flag_[page];
+  }
+  void free_ids(std::vector<int32_t>& ids) const;  // free, then cached: the order of alloc
+
+  // Adds everything up anew; the message names the first thing that does not fit.
+  Status check() const;
+
+ private:
+  enum State : uint8_t { kFree, kCached, kUsed, kMarked };
+
+  int32_t page_of(int32_t id) const { return id / blocks_per_page_; }
+  int32_t page_size(int32_t page) const;
+  int32_t free_in_page(int32_t page) const {
+    return page_size(page) - page_used_[page] - page_cached_[page];
+  }
+  Status check_id(int32_t id, State expected, const char* action) const;
+  void pop_free(int32_t id_page, int32_t* id);
+  void unlink_free(int32_t id);
+  void push_free(int32_t id);
+  void file_page(int32_t page, bool was_idle);
+  void drop_page(int32_t page);
+
+  const int32_t num_blocks_;
+  const int32_t blocks_per_page_;
+  const int32_t num_pages_;
+  int64_t free_ = 0, cached_ = 0, used_ = 0;
+  int32_t present_ = 0, empty_ = 0, idle_ = 0;
+  std::vector<uint8_t> state_;                      // by block
+  std::vector<int32_t> free_next_, free_previous_;  // by block: the free list of its page
+  std::vector<int32_t> free_head_;                  // by page, -1 where none
+  std::vector<int32_t> page_used_, page_cached_;    // by page
+  std::vector<uint8_t> present_flag_;               // by page
+  OrderedSet partial_;                              // present, some blocks free, some not
+  OrderedSet vacant_;                               // present, all blocks free
+  OrderedSet absent_;                               // not present
+  LinkedIds lru_;                                   // cached blocks, oldest first
+  LinkedIds idle_list_;  // unused pages with cached blocks, longest unused first
+};
+
+}  // namespace kvcached
