@@ -1,4 +1,4 @@
-"""The arithmetic of layouts: no two blocks share a byte, and every byte lies in its block's page."""
+"""Layouts: no two blocks share a byte, and every byte lies in its block's page."""
 
 from __future__ import annotations
 
