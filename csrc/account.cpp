@@ -1,0 +1,240 @@
+#include "account.hpp"
+
+namespace kvcached {
+
+using layout::member_byte;
+using layout::owner_byte;
+
+namespace {
+void add(layout::I64& counter, int64_t amount) {
+  counter.fetch_add(amount, std::memory_order_acq_rel);
+}
+}  // namespace
+
+Status AccountHandle::join(std::shared_ptr<Segment> segment, const std::string& instance,
+                           const std::string& name, int64_t pinned_bytes,
+                           std::unique_ptr<AccountHandle>* joined) {
+  Segment& ledger = *segment;
+  if (Status status = ledger.check_usable(true); !status) return status;
+  SegmentGuard guard(ledger.lock_);
+  if (!guard) return ledger.busy();
+  ledger.reap_locked();
+  uint32_t index = 0;
+  Status status = ledger.find_or_create(instance, name, &index);
+  if (!status) return status;
+  if (status = ledger.raise_pinned(index, pinned_bytes); status) status = ledger.claim_owner(index);
+  if (!status) {
+    ledger.vacate_if_empty(index);
+    return status;
+  }
+  ledger.changed();
+  *joined = std::make_unique<AccountHandle>(std::move(segment), index);
+  return Status::ok();
+}
+
+Grant AccountHandle::try_lease(int64_t size_bytes) {
+  if (!usable()) return Grant::kContended;
+  SegmentGuard guard(segment_->lock_, std::try_to_lock);
+  if (!guard || !usable() || !segment_->reserve_locked(index_, size_bytes)) {
+    return Grant::kContended;
+  }
+  add(row().scheduler.leased, size_bytes);
+  add(row().counters.granted, 1);
+  segment_->changed();
+  return Grant::kGranted;
+}
+
+Grant AccountHandle::lease(int64_t size_bytes) {
+  if (!usable()) return Grant::kUnusable;
+  SegmentGuard guard(segment_->lock_);
+  if (!usable()) return Grant::kUnusable;
+  if (!guard) {
+    add(row().counters.lock_timeouts, 1);
+    return Grant::kBusy;
+  }
+  bool granted = segment_->reserve_locked(index_, size_bytes);
+  if (!granted) {
+    if (!segment_->check_usable(true)) return Grant::kUnusable;
+    granted = segment_->reap_locked() != 0 && segment_->reserve_locked(index_, size_bytes);
+  }
+  if (!granted) {
+    add(row().counters.refused, 1);
+    if (charges::load(row().scheduler.demand) > 0) segment_->ring(Bell::kPressure);
+    return Grant::kRefused;
+  }
+  add(row().scheduler.leased, size_bytes);
+  add(row().counters.granted, 1);
+  segment_->changed();
+  return Grant::kGranted;
+}
+
+bool AccountHandle::give_back(int64_t size_bytes) {
+  if (!usable()) return true;
+  charges::Sums sums = charges::sums(row());
+  if (size_bytes > sums.leased - sums.held) return false;
+  add(row().scheduler.leased, -size_bytes);
+  segment_->changed();
+  segment_->ring(Bell::kFreed);
+  return true;
+}
+
+int64_t AccountHandle::leasable() const {
+  if (!usable()) return 0;
+  // The version is read first: a change during the reading makes the stored answer an old one.
+  int64_t version = charges::load(segment_->header().version.version);
+  if (cached_version_.load(std::memory_order_acquire) == version) {
+    int64_t value = cached_leasable_.load(std::memory_order_acquire);
+    if (cached_version_.load(std::memory_order_relaxed) == version) return value;
+  }
+  int64_t value = charges::room(segment_->shared(), index_).leasable;
+  if (!caching_.test_and_set(std::memory_order_acquire)) {
+    cached_version_.store(0, std::memory_order_release);
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    cached_leasable_.store(value, std::memory_order_release);
+    cached_version_.store(version, std::memory_order_release);
+    caching_.clear(std::memory_order_release);
+  }
+  return value;
+}
+
+int64_t AccountHandle::ceiling() const {
+  return usable() ? charges::ceiling(segment_->shared(), index_) : 0;
+}
+
+int64_t AccountHandle::charge() const {
+  return usable() ? charges::charge(row()) : 0;
+}
+
+int64_t AccountHandle::others_demand() const {
+  if (!usable()) return 0;
+  int64_t demand = 0;
+  for (uint32_t i = 0, n = charges::account_rows(segment_->header()); i < n; ++i) {
+    const layout::Account& account = segment_->account(i);
+    if (i == index_ || !charges::used(account.name.state)) continue;
+    demand += charges::load(account.scheduler.demand);
+    for (uint32_t j = 0, m = charges::member_rows(account); j < m; ++j) {
+      demand += charges::load(account.members[j].demand);
+    }
+  }
+  return demand;
+}
+
+void AccountHandle::set_demand(int64_t size_bytes) {
+  if (!usable()) return;
+  int64_t before = row().scheduler.demand.exchange(size_bytes);
+  if (size_bytes > before) segment_->ring(Bell::kPressure);
+}
+
+void AccountHandle::publish(int64_t in_use, int64_t cached, int64_t warm) {
+  if (!usable()) return;
+  layout::Scheduler& numbers = row().scheduler;
+  numbers.in_use.store(in_use, std::memory_order_release);
+  numbers.cached.store(cached, std::memory_order_release);
+  numbers.warm.store(warm, std::memory_order_release);
+}
+
+void AccountHandle::set_ready(bool ready) {
+  if (usable()) row().scheduler.ready.store(ready ? 1 : 0);
+}
+
+void AccountHandle::count_reclaimed(int64_t size_bytes) {
+  if (usable()) add(row().counters.reclaimed, size_bytes);
+}
+
+void AccountHandle::close() {
+  if (!segment_->usable() || closed_.exchange(true)) return;
+  {
+    SegmentGuard guard(segment_->lock_);
+    if (guard) {
+      segment_->vacate_owner(index_);
+      segment_->vacate_if_empty(index_);
+    } else {
+      segment_->liveness_.drop(owner_byte(index_));  // a reaper clears the row
+    }
+  }
+  segment_->changed();
+  segment_->ring(Bell::kFreed);
+}
+
+Status MemberHandle::attach(std::shared_ptr<Segment> segment, const std::string& instance,
+                            const std::string& name, int64_t pinned_bytes,
+                            std::unique_ptr<MemberHandle>* attached) {
+  Segment& ledger = *segment;
+  if (Status status = ledger.check_usable(true); !status) return status;
+  SegmentGuard guard(ledger.lock_);
+  if (!guard) return ledger.busy();
+  ledger.reap_locked();
+  uint32_t index = 0;
+  uint32_t member = 0;
+  Status status = ledger.find_or_create(instance, name, &index);
+  if (!status) return status;
+  if (status = ledger.raise_pinned(index, pinned_bytes); status) {
+    status = ledger.claim_member(index, &member);
+  }
+  if (!status) {
+    ledger.vacate_if_empty(index);
+    return status;
+  }
+  ledger.changed();
+  *attached = std::make_unique<MemberHandle>(std::move(segment), index, member);
+  return Status::ok();
+}
+
+Grant MemberHandle::pin(int64_t size_bytes) {
+  if (!usable()) return Grant::kUnusable;
+  SegmentGuard guard(segment_->lock_);
+  if (!usable()) return Grant::kUnusable;
+  if (!guard) return Grant::kBusy;
+  bool granted = segment_->reserve_locked(index_, size_bytes);
+  if (!granted) {
+    if (!segment_->check_usable(true)) return Grant::kUnusable;
+    granted = segment_->reap_locked() != 0 && segment_->reserve_locked(index_, size_bytes);
+  }
+  if (!granted) {
+    member().demand.store(size_bytes);
+    segment_->ring(Bell::kPressure);
+    return Grant::kRefused;
+  }
+  // With an owner the bytes are leased too, first: between the two stores too much is charged.
+  if (charges::used(row().scheduler.claimed)) add(row().scheduler.leased, size_bytes);
+  add(member().created, size_bytes);
+  member().demand.store(0);
+  segment_->changed();
+  return Grant::kGranted;
+}
+
+bool MemberHandle::created(int64_t size_bytes) {
+  if (!usable()) return false;
+  add(member().created, size_bytes);
+  return true;
+}
+
+bool MemberHandle::released(int64_t size_bytes) {
+  if (!usable()) return true;
+  if (size_bytes > charges::held(member())) return false;
+  add(member().released, size_bytes);
+  segment_->changed();
+  segment_->ring(Bell::kFreed);
+  return true;
+}
+
+int64_t MemberHandle::held() const {
+  return usable() ? charges::held(member()) : 0;
+}
+
+void MemberHandle::close() {
+  if (!segment_->usable() || closed_.exchange(true)) return;
+  {
+    SegmentGuard guard(segment_->lock_);
+    if (guard) {
+      segment_->vacate_member(index_, member_);
+      segment_->vacate_if_empty(index_);
+    } else {
+      segment_->liveness_.drop(member_byte(index_, member_));  // a reaper clears the row
+    }
+  }
+  segment_->changed();
+  segment_->ring(Bell::kFreed);
+}
+
+}  // namespace kvcached

@@ -1,0 +1,97 @@
+// What a process holds in a ledger: an account, as its owner, or a place among an account's
+// members. Both hold the ledger open. Any thread, without the GIL. Sizes are bytes.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "segment.hpp"
+
+namespace kvcached {
+
+enum class Grant {
+  kGranted,
+  kRefused,    // there is not enough now
+  kBusy,       // a live process holds the lock and does not let go: a shortage too
+  kContended,  // only from the attempts that do not wait: try again, waiting
+  kUnusable,   // closed, or inherited through a fork
+};
+
+// The owner: the process that schedules for the instance and leases for all its members.
+class AccountHandle {
+ public:
+  // Finds or creates the instance's account and becomes its owner; takes over what its members
+  // have created already. kLedger if it has a living owner.
+  static Status join(std::shared_ptr<Segment> segment, const std::string& instance,
+                     const std::string& name, int64_t pinned_bytes,
+                     std::unique_ptr<AccountHandle>* joined);
+  AccountHandle(std::shared_ptr<Segment> segment, uint32_t index)
+      : segment_(std::move(segment)), index_(index) {}
+  ~AccountHandle() { close(); }
+  AccountHandle(const AccountHandle&) = delete;
+  AccountHandle& operator=(const AccountHandle&) = delete;
+
+  Grant lease(int64_t size_bytes);      // waits for the lock; reaps once before it refuses
+  Grant try_lease(int64_t size_bytes);  // never waits: kGranted or kContended
+  bool give_back(int64_t size_bytes);   // leased, but never created. False if never leased
+  int64_t leasable() const;
+  int64_t ceiling() const;
+  int64_t charge() const;
+  int64_t others_demand() const;
+  void set_demand(int64_t size_bytes);
+  void publish(int64_t in_use, int64_t cached, int64_t warm);
+  void set_ready(bool ready);
+  void count_reclaimed(int64_t size_bytes);
+  void close();
+  bool usable() const { return !closed_.load(std::memory_order_relaxed) && segment_->usable(); }
+  Segment& segment() const { return *segment_; }
+
+ private:
+  layout::Account& row() const { return segment_->account(index_); }
+  Grant refused();
+
+  std::shared_ptr<Segment> segment_;
+  uint32_t index_;
+  std::atomic<bool> closed_{false};
+  // leasable() of the last asked version. Version 0 never exists: it marks a copy being changed.
+  mutable std::atomic<int64_t> cached_version_{0};
+  mutable std::atomic<int64_t> cached_leasable_{0};
+  mutable std::atomic_flag caching_ = ATOMIC_FLAG_INIT;
+};
+
+// A process that maps memory for the account.
+class MemberHandle {
+ public:
+  // Finds or creates the instance's account and takes a member row of it.
+  static Status attach(std::shared_ptr<Segment> segment, const std::string& instance,
+                       const std::string& name, int64_t pinned_bytes,
+                       std::unique_ptr<MemberHandle>* attached);
+  MemberHandle(std::shared_ptr<Segment> segment, uint32_t index, uint32_t member)
+      : segment_(std::move(segment)), index_(index), member_(member) {}
+  ~MemberHandle() { close(); }
+  MemberHandle(const MemberHandle&) = delete;
+  MemberHandle& operator=(const MemberHandle&) = delete;
+
+  // Charges and books bytes that this process is about to create without a lease of the owner.
+  Grant pin(int64_t size_bytes);
+  bool created(int64_t size_bytes);   // bytes under a lease exist now; false: not usable
+  bool released(int64_t size_bytes);  // bytes are gone; false: more than this member holds
+  int64_t held() const;
+  // Release the memory first: what is still booked counts as gone from here on.
+  void close();
+  bool usable() const { return !closed_.load(std::memory_order_relaxed) && segment_->usable(); }
+  Segment& segment() const { return *segment_; }
+
+ private:
+  layout::Account& row() const { return segment_->account(index_); }
+  layout::Member& member() const { return row().members[member_]; }
+
+  std::shared_ptr<Segment> segment_;
+  uint32_t index_;
+  uint32_t member_;
+  std::atomic<bool> closed_{false};
+};
+
+}  // namespace kvcached

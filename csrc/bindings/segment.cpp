@@ -1,0 +1,261 @@
+// Binds the ledger. Whatever can block (the lock, a sleep, opening the file) runs without the GIL.
+#include "segment.hpp"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "account.hpp"
+#include "bindings/bindings.hpp"
+
+namespace py = pybind11;
+
+namespace kvcached {
+
+namespace {
+
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+int64_t checked(int64_t size_bytes) {
+  if (size_bytes < 0) {
+    raise_if_failed({Code::kInvalidArgument,
+                     "a size of " + std::to_string(size_bytes) + " bytes: expected 0 or more"});
+  }
+  return size_bytes;
+}
+
+[[noreturn]] void raise_unusable(const Segment& segment) {
+  raise_if_failed({Code::kLedger, segment.path() + ": this handle is closed, or was inherited " +
+                                      "through a fork, or its file was cut"});
+  throw std::logic_error("unreachable");
+}
+
+bool granted(Grant grant, const Segment& segment) {
+  if (grant == Grant::kUnusable) raise_unusable(segment);
+  return grant == Grant::kGranted;
+}
+
+// Runs `call` without the GIL and raises what it returns with it.
+template <typename Call>
+void run(Call&& call) {
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = call();
+  }
+  raise_if_failed(status);
+}
+
+std::shared_ptr<Segment> open_segment(const std::string& directory, const std::string& device,
+                                      int64_t capacity, int64_t headroom, bool create,
+                                      bool read_only) {
+  OpenRequest request{directory, device, capacity, headroom, create, read_only};
+  std::shared_ptr<Segment> segment;
+  run([&] { return Segment::open(request, &segment); });
+  return segment;
+}
+
+py::dict member_dict(const MemberView& view) {
+  py::dict out;
+  out["pid"] = view.pid;
+  out["alive"] = view.alive;
+  out["created"] = view.created;
+  out["demand"] = view.demand;
+  return out;
+}
+
+py::dict account_dict(const AccountView& view) {
+  py::dict out;
+  out["instance"] = view.instance;
+  // A name is cut at a byte, which may be within a character.
+  out["name"] = py::reinterpret_steal<py::str>(
+      PyUnicode_DecodeUTF8(view.name.data(), static_cast<Py_ssize_t>(view.name.size()), "ignore"));
+  out["owner_pid"] = view.owner_pid == 0 ? py::object(py::none()) : py::int_(view.owner_pid);
+  out["owner_alive"] = view.owner_alive;
+  out["ready"] = view.ready;
+  out["guarantee"] = view.guarantee;
+  out["limit"] = view.limit == layout::kNoLimit ? py::object(py::none()) : py::int_(view.limit);
+  out["weight"] = view.weight;
+  out["pinned"] = view.pinned;
+  out["leased"] = view.leased;
+  out["created"] = view.created;
+  out["charge"] = view.charge;
+  out["in_use"] = view.in_use;
+  out["cached"] = view.cached;
+  out["warm"] = view.warm;
+  out["demand"] = view.demand;
+  out["granted"] = view.granted;
+  out["refused"] = view.refused;
+  out["reclaimed"] = view.reclaimed;
+  out["lock_timeouts"] = view.lock_timeouts;
+  py::list members;
+  for (const MemberView& member : view.members) members.append(member_dict(member));
+  out["members"] = members;
+  return out;
+}
+
+py::dict snapshot(const Segment& segment) {
+  SegmentView view;
+  run([&] { return segment.snapshot(&view); });
+  py::dict out;
+  out["device"] = view.device;
+  out["consistent"] = view.consistent;
+  out["capacity"] = view.capacity;
+  out["headroom"] = view.headroom;
+  out["high_water"] = view.high_water;
+  out["reaps"] = view.reaps;
+  out["lock_timeouts"] = view.lock_timeouts;
+  out["locks_stolen"] = view.locks_stolen;
+  py::list accounts;
+  for (const AccountView& account : view.accounts) accounts.append(account_dict(account));
+  out["accounts"] = accounts;
+  return out;
+}
+
+std::unique_ptr<AccountHandle> join(const std::shared_ptr<Segment>& segment,
+                                    const std::string& instance, const std::string& name,
+                                    int64_t pinned) {
+  std::unique_ptr<AccountHandle> account;
+  checked(pinned);
+  run([&] { return AccountHandle::join(segment, instance, name, pinned, &account); });
+  return account;
+}
+
+std::unique_ptr<MemberHandle> attach(const std::shared_ptr<Segment>& segment,
+                                     const std::string& instance, const std::string& name,
+                                     int64_t pinned) {
+  std::unique_ptr<MemberHandle> member;
+  checked(pinned);
+  run([&] { return MemberHandle::attach(segment, instance, name, pinned, &member); });
+  return member;
+}
+
+// Most leases find the lock free and the memory there: those never let go of the GIL.
+bool lease(AccountHandle& account, int64_t size_bytes) {
+  checked(size_bytes);
+  Grant grant = account.try_lease(size_bytes);
+  if (grant == Grant::kContended) {
+    py::gil_scoped_release release;
+    grant = account.lease(size_bytes);
+  }
+  return granted(grant, account.segment());
+}
+
+bool pin(MemberHandle& member, int64_t size_bytes) {
+  checked(size_bytes);
+  Grant grant;
+  {
+    py::gil_scoped_release release;
+    grant = member.pin(size_bytes);
+  }
+  return granted(grant, member.segment());
+}
+
+void refuse(bool accepted, const char* what, int64_t size_bytes) {
+  if (accepted) return;
+  raise_if_failed({Code::kInvalidArgument, std::string(what) + std::to_string(size_bytes) +
+                                               " bytes, which is more than there are"});
+}
+
+void bind_core(py::module_& module) {
+  py::class_<Segment, std::shared_ptr<Segment>>(module, "Segment", "The shared ledger file.")
+      .def_static("open", &open_segment, py::arg("directory"), py::arg("device"),
+                  py::arg("capacity"), py::arg("headroom"), py::arg("create"), py::arg("read_only"))
+      .def_property_readonly("path", &Segment::path)
+      .def_property_readonly("device", &Segment::device)
+      .def_property_readonly("capacity", &Segment::capacity)
+      .def_property_readonly("headroom", &Segment::headroom)
+      .def_property_readonly("lock_fd", &Segment::lock_fd)
+      .def_property_readonly("usable", &Segment::usable)
+      .def("join", &join, py::arg("instance"), py::arg("name"), py::arg("pinned"))
+      .def("attach", &attach, py::arg("instance"), py::arg("name"), py::arg("pinned"))
+      .def("snapshot", &snapshot)
+      .def("reap",
+           [](Segment& segment) {
+             uint32_t reaped = 0;
+             run([&] { return segment.reap(&reaped); });
+             return reaped;
+           })
+      .def("set_guarantee",
+           [](Segment& segment, const std::string& key, int64_t size_bytes) {
+             run([&] { return segment.configure(key, Setting::kGuarantee, size_bytes); });
+           })
+      .def("set_limit",
+           [](Segment& segment, const std::string& key, std::optional<int64_t> size_bytes) {
+             int64_t limit = size_bytes.value_or(layout::kNoLimit);
+             run([&] { return segment.configure(key, Setting::kLimit, limit); });
+           })
+      .def("set_weight",
+           [](Segment& segment, const std::string& key, double weight) {
+             run([&] { return segment.set_weight(key, weight); });
+           })
+      .def("set_capacity",
+           [](Segment& segment, std::optional<int64_t> capacity, std::optional<int64_t> headroom) {
+             int64_t total = capacity ? checked(*capacity) : -1;
+             int64_t spare = headroom ? checked(*headroom) : -1;
+             run([&] { return segment.set_capacity(total, spare); });
+           })
+      .def_property_readonly("freed_seq", [](Segment& s) { return s.sequence(Bell::kFreed); })
+      .def_property_readonly("pressure_seq", [](Segment& s) { return s.sequence(Bell::kPressure); })
+      .def(
+          "wait_freed",
+          [](Segment& s, uint32_t seen, double timeout) {
+            return s.wait(Bell::kFreed, seen, timeout);
+          },
+          NoGil())
+      .def(
+          "wait_pressure",
+          [](Segment& s, uint32_t seen, double timeout) {
+            return s.wait(Bell::kPressure, seen, timeout);
+          },
+          NoGil())
+      .def("hold_lock", &Segment::hold_lock, NoGil(), "Test only: keeps the lock for so long.")
+      .def("close", &Segment::close, NoGil());
+}
+
+void bind_account(py::module_& module) {
+  py::class_<AccountHandle>(module, "Account", "The owner's side of an account.")
+      .def("lease", &lease)
+      .def("give_back",
+           [](AccountHandle& account, int64_t size_bytes) {
+             refuse(account.give_back(checked(size_bytes)), "gave back ", size_bytes);
+           })
+      .def("leasable", &AccountHandle::leasable)
+      .def("ceiling", &AccountHandle::ceiling)
+      .def("charge", &AccountHandle::charge)
+      .def("others_demand", &AccountHandle::others_demand)
+      .def("set_demand",
+           [](AccountHandle& account, int64_t size) { account.set_demand(checked(size)); })
+      .def("publish", &AccountHandle::publish)
+      .def("set_ready", &AccountHandle::set_ready)
+      .def("count_reclaimed", &AccountHandle::count_reclaimed)
+      .def_property_readonly("usable", &AccountHandle::usable)
+      .def("close", &AccountHandle::close, NoGil());
+}
+
+void bind_member(py::module_& module) {
+  py::class_<MemberHandle>(module, "Member", "A mapping process's side of an account.")
+      .def("pin", &pin)
+      .def("created",
+           [](MemberHandle& member, int64_t size_bytes) {
+             if (!member.created(checked(size_bytes))) raise_unusable(member.segment());
+           })
+      .def("released",
+           [](MemberHandle& member, int64_t size_bytes) {
+             refuse(member.released(checked(size_bytes)), "released ", size_bytes);
+           })
+      .def("held", &MemberHandle::held)
+      .def_property_readonly("usable", &MemberHandle::usable)
+      .def("close", &MemberHandle::close, NoGil());
+}
+
+}  // namespace
+
+void bind_segment(py::module_& module) {
+  bind_core(module);
+  bind_account(module);
+  bind_member(module);
+  module.def("ledger_file_name", &ledger_file_name, py::arg("device"),
+             "The name of a device's ledger file within its folder.");
+}
+
+}  // namespace kvcached

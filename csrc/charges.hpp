@@ -1,0 +1,136 @@
+// The ledger's arithmetic: what an account is charged, and what it may still lease. Pure reading.
+//
+// Exact under the lock, but for releases, which may happen at any moment. The order of the loads
+// makes every mistake one to the safe side: too much charged, never too little.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "segment_layout.hpp"
+
+namespace kvcached::charges {
+
+using layout::Account;
+using layout::Header;
+using layout::Member;
+using layout::Shared;
+
+inline int64_t load(const layout::I64& value) {
+  return value.load(std::memory_order_acquire);
+}
+
+inline bool used(const layout::U32& state) {
+  return state.load(std::memory_order_acquire) != 0;
+}
+
+// Bytes that a member holds.
+inline int64_t held(const Member& member) {
+  int64_t released = load(member.released);  // before `created`: the difference errs upwards
+  return std::max<int64_t>(0, load(member.created) - released);
+}
+
+inline uint32_t member_rows(const Account& account) {
+  return std::min(account.name.member_rows.load(std::memory_order_acquire), layout::kMaxMembers);
+}
+
+inline uint32_t account_rows(const Header& header) {
+  return std::min(header.statistics.account_rows.load(std::memory_order_acquire),
+                  layout::kMaxAccounts);
+}
+
+struct Sums {
+  int64_t held = 0;     // bytes that live members hold
+  int64_t created = 0;  // ever, by all members of the account's life
+  int64_t leased = 0;   // bytes leased now; 0 without an owner
+  int64_t charge = 0;
+};
+
+// Member rows that are free have released all that they ever created, so they need no exception.
+inline Sums sums(const Account& account) {
+  Sums result;
+  int64_t released = 0;
+  for (uint32_t i = 0, n = member_rows(account); i < n; ++i) {
+    const Member& member = account.members[i];
+    int64_t freed = load(member.released);
+    int64_t created = load(member.created);
+    released += freed;
+    result.created += created;
+    result.held += std::max<int64_t>(0, created - freed);
+  }
+  if (used(account.scheduler.claimed)) {
+    result.leased = std::max<int64_t>(0, load(account.scheduler.leased) - released);
+  }
+  result.charge = std::max(result.leased, result.held);
+  return result;
+}
+
+inline int64_t charge(const Account& account) {
+  return sums(account).charge;
+}
+
+// What the account is sure of: its guarantee, and its pinned page in any case.
+inline int64_t floor(const Account& account) {
+  return std::max(load(account.settings.guarantee), load(account.name.pinned));
+}
+
+// The pinned page exists whatever the limit says.
+inline int64_t limit(const Account& account) {
+  return std::max(load(account.settings.limit), load(account.name.pinned));
+}
+
+// What leases may use of the device.
+inline int64_t lendable(const Header& header) {
+  return load(header.settings.capacity) - load(header.settings.headroom);
+}
+
+// All accounts but one (`except` may be none: kMaxAccounts).
+struct Others {
+  int64_t charge = 0;  // what they hold
+  int64_t claim = 0;   // what they hold or are sure of
+  int64_t floor = 0;   // what they are sure of
+};
+
+inline Others others(const Shared& shared, uint32_t except) {
+  Others result;
+  for (uint32_t i = 0, n = account_rows(shared.header); i < n; ++i) {
+    const Account& account = shared.accounts[i];
+    if (i == except || !used(account.name.state)) continue;
+    int64_t charged = charge(account);
+    int64_t sure = floor(account);
+    result.charge += charged;
+    result.floor += sure;
+    result.claim += std::max(charged, sure);
+  }
+  return result;
+}
+
+struct Room {
+  int64_t leasable;  // bytes that a lease would grant to the account now
+  int64_t charged;   // bytes charged to all accounts together
+};
+
+// A lease is granted when
+//   - the account stays within its limit, and
+//   - all charges, each counted at least as its floor, stay within what can be lent; or the account
+//     stays within its own floor and the bytes are there: then others hold more than their floors,
+//     and what they must give back is not this account's to wait for.
+inline Room room(const Shared& shared, uint32_t index) {
+  const Account& account = shared.accounts[index];
+  Others rest = others(shared, index);
+  int64_t mine = charge(account);
+  int64_t sure = floor(account);
+  int64_t lent = lendable(shared.header);
+  int64_t beyond_floor = rest.claim + std::max(mine, sure) <= lent ? lent - rest.claim - mine : 0;
+  int64_t within_floor = std::min(sure - mine, lent - rest.charge - mine);
+  int64_t leasable = std::min(std::max(beyond_floor, within_floor), limit(account) - mine);
+  return {std::max<int64_t>(0, leasable), rest.charge + mine};
+}
+
+// The most that the account can ever hold under today's settings.
+inline int64_t ceiling(const Shared& shared, uint32_t index) {
+  int64_t most = lendable(shared.header) - others(shared, index).floor;
+  return std::max<int64_t>(0, std::min(limit(shared.accounts[index]), most));
+}
+
+}  // namespace kvcached::charges

@@ -1,0 +1,293 @@
+"""The ledger: the shared record of one device that decides who may hold how much of its memory.
+
+No process is in charge of it. Every instance has an account in one small shared file; whoever wants
+memory leases it there first, and the rows of the dead are cleared by the living.
+
+    ledger = Ledger.open(directory, "host:demo", capacity_bytes=4 * GIB)
+    member = ledger.attach(instance, "chat")    # in each process that maps memory
+    account = ledger.join(instance, "chat")     # in the process that schedules
+    if account.lease(size):                     # False: none now; raise the demand and wait
+        ...                                     # the member creates the memory
+        member.created(size)
+        ...
+        member.released(size)                   # the lease ends where the memory does
+
+All methods may be called from any thread; those that can block let go of the GIL. All sizes are
+bytes. A handle belongs to the process that opened it: in a forked child it does nothing, and its
+questions are answered with 0 or a LedgerError. Open the ledger before any memory is created (see
+Member.lock_fd).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+from kvcached import vmm_ops
+from kvcached.snapshot import LedgerSnapshot, ledger_snapshot
+
+
+class Ledger:
+    """One process's handle to a device's ledger."""
+
+    def __init__(self, core: vmm_ops.Segment) -> None:
+        self.core = core
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        device: str,
+        capacity_bytes: int | None = None,
+        headroom_bytes: int = 0,
+        create: bool = True,
+        read_only: bool = False,
+    ) -> Ledger:
+        """Opens the ledger of ``device`` in ``directory``, creating both if need be.
+
+        ``capacity_bytes`` is needed to create a ledger; None takes what the file says.
+        ``headroom_bytes`` counts only when the ledger is created. ``read_only`` needs no write
+        permission, creates nothing, and allows only ``snapshot`` and the waits.
+
+        Raises LedgerError if the file is cut, foreign, of another version, device, capacity or
+        user, a symbolic link, or missing; InvalidArgumentError if the arguments make no sense.
+        """
+        directory = Path(directory)
+        if create and not read_only:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+        capacity = -1 if capacity_bytes is None else max(capacity_bytes, 0)
+        return cls(
+            vmm_ops.Segment.open(
+                str(directory), device, capacity, headroom_bytes, create, read_only
+            )
+        )
+
+    @property
+    def path(self) -> Path:
+        """The ledger's file."""
+        return Path(self.core.path)
+
+    @property
+    def device(self) -> str:
+        """The device's name, as it was opened."""
+        return self.core.device
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the device that the ledger governs, headroom included."""
+        return self.core.capacity
+
+    @property
+    def headroom(self) -> int:
+        """Bytes that leases leave alone."""
+        return self.core.headroom
+
+    @property
+    def lock_fd(self) -> int:
+        """See Member.lock_fd; -1 once closed and in a forked child."""
+        return self.core.lock_fd
+
+    def join(self, instance: str, name: str, pinned_bytes: int = 0) -> Account:
+        """Becomes the owner of the instance's account, which is found by ``instance`` or created.
+
+        ``name`` is for people and is cut after 63 bytes; who creates the account names it.
+        ``pinned_bytes`` is an implicit guarantee: what the instance cannot run without. What members
+        have created already counts as leased from now on.
+
+        Raises LedgerError if the account has a living owner, if there is no row left, or if the
+        pinned bytes do not fit beside what others are guaranteed; LedgerBusyError.
+        """
+        return Account(self.core.join(instance, name, pinned_bytes), self.core)
+
+    def attach(self, instance: str, name: str, pinned_bytes: int = 0) -> Member:
+        """Becomes a member of the instance's account, which is found or created as in ``join``.
+
+        A process that maps its pinned page before the scheduler exists names it here, so that
+        others make room for it. Raises as ``join``.
+        """
+        return Member(self.core.attach(instance, name, pinned_bytes), self.core)
+
+    def snapshot(self) -> LedgerSnapshot:
+        """Everything the ledger says. Takes no lock. Raises LedgerError on a file that was cut."""
+        return ledger_snapshot(self.core.snapshot())
+
+    def reap(self) -> int:
+        """Clears the rows of dead processes; returns how many. Call it on a slow tick.
+
+        A refused lease does so by itself. Raises LedgerBusyError.
+        """
+        return self.core.reap()
+
+    def set_guarantee(self, key: str, guarantee_bytes: int) -> None:
+        """Sets what an account (by instance, or by its name) is sure of.
+
+        Raises InvalidArgumentError, naming both numbers, if all guarantees together would exceed
+        what can be lent, or this one the account's limit; LedgerBusyError.
+        """
+        self.core.set_guarantee(key, guarantee_bytes)
+
+    def set_limit(self, key: str, limit_bytes: int | None) -> None:
+        """Sets the most that an account may hold; None for no limit. It may hold more already.
+
+        Raises InvalidArgumentError if that is below its guarantee; LedgerBusyError.
+        """
+        self.core.set_limit(key, limit_bytes)
+
+    def set_weight(self, key: str, weight: float) -> None:
+        """Sets an account's weight in the fair share, 1 to begin with. Raises as ``set_limit``."""
+        self.core.set_weight(key, weight)
+
+    def set_capacity(
+        self, capacity_bytes: int | None = None, headroom_bytes: int | None = None
+    ) -> None:
+        """Changes the ledger's capacity, its headroom or both. More may be charged already.
+
+        Raises InvalidArgumentError if the guarantees would not fit; LedgerBusyError.
+        """
+        self.core.set_capacity(capacity_bytes, headroom_bytes)
+
+    def close(self) -> None:
+        """Gives up every account and membership of this handle. The file stays."""
+        self.core.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Account:
+    """The owner's side of an account: one process of the instance schedules for all of it.
+
+    The methods that the hot path needs are the core's own, bound once.
+    """
+
+    def __init__(self, core: vmm_ops.Account, segment: vmm_ops.Segment) -> None:
+        self.core = core
+        self._segment = segment
+
+    def lease(self, size_bytes: int) -> bool:
+        """Asks for the right to create so many bytes more. All or nothing.
+
+        False: there is not enough now (rows of the dead were cleared before saying so), or the
+        lock could not be had in time. With a demand set, a refusal raises the pressure.
+        Raises LedgerError if the handle is closed.
+        """
+        return self.core.lease(size_bytes)
+
+    def give_back(self, size_bytes: int) -> None:
+        """Ends a lease of bytes that were never created.
+
+        Raises InvalidArgumentError if so much is not leased beyond what exists.
+        """
+        self.core.give_back(size_bytes)
+
+    def leasable(self) -> int:
+        """Bytes that a lease would grant now. Cheap while nothing changes."""
+        return self.core.leasable()
+
+    def ceiling(self) -> int:
+        """The most bytes that the account can ever hold under today's settings."""
+        return self.core.ceiling()
+
+    def charge(self) -> int:
+        """Bytes that count for this account now."""
+        return self.core.charge()
+
+    def set_demand(self, size_bytes: int) -> None:
+        """Says how many bytes are wanted that could not be leased; 0 when served.
+
+        A growing demand raises the pressure.
+        """
+        self.core.set_demand(size_bytes)
+
+    def others_demand(self) -> int:
+        """Bytes that all other accounts want: what reclaim here should try to free."""
+        return self.core.others_demand()
+
+    def publish(self, in_use: int, cached: int, warm: int) -> None:
+        """Tells tools what the charged bytes are used for."""
+        self.core.publish(in_use, cached, warm)
+
+    def set_ready(self, ready: bool = True) -> None:
+        """Tells tools that the engine serves now."""
+        self.core.set_ready(ready)
+
+    def count_reclaimed(self, size_bytes: int) -> None:
+        """Counts bytes that were given back under pressure."""
+        self.core.count_reclaimed(size_bytes)
+
+    @property
+    def pressure_seq(self) -> int:
+        """Changes whenever a demand could not be met, and with the settings."""
+        return self._segment.pressure_seq
+
+    @property
+    def freed_seq(self) -> int:
+        """Changes whenever memory or leases come back, and with the settings."""
+        return self._segment.freed_seq
+
+    def wait_pressure(self, seen_seq: int, timeout_s: float) -> int:
+        """Sleeps until ``pressure_seq`` is not ``seen_seq``; returns it. May return early.
+
+        Read the sequence, then look, then wait: nothing is missed in between.
+        """
+        return self._segment.wait_pressure(seen_seq, timeout_s)
+
+    def wait_freed(self, seen_seq: int, timeout_s: float) -> int:
+        """Sleeps until ``freed_seq`` is not ``seen_seq``; returns it. May return early."""
+        return self._segment.wait_freed(seen_seq, timeout_s)
+
+    def close(self) -> None:
+        """Gives up the account: from then on only what its members hold is charged."""
+        self.core.close()
+
+
+class Member:
+    """A process that maps memory for an instance: it says what exists and what is gone."""
+
+    def __init__(self, core: vmm_ops.Member, segment: vmm_ops.Segment) -> None:
+        self.core = core
+        self._segment = segment
+
+    def pin(self, size_bytes: int) -> bool:
+        """Charges and books bytes that this process creates right after, without a lease.
+
+        For what is mapped before the scheduler exists. False as ``Account.lease``; until it is
+        granted, the refused bytes count as demand. Raises LedgerError if the handle is closed.
+        """
+        return self.core.pin(size_bytes)
+
+    def created(self, size_bytes: int) -> None:
+        """Books bytes that exist now, under a lease of the owner."""
+        self.core.created(size_bytes)
+
+    def released(self, size_bytes: int) -> None:
+        """Books bytes that are gone, which ends their lease. Call it after they are.
+
+        Raises InvalidArgumentError if this member does not hold so much.
+        """
+        self.core.released(size_bytes)
+
+    def held(self) -> int:
+        """Bytes booked for this member."""
+        return self.core.held()
+
+    @property
+    def lock_fd(self) -> int:
+        """The descriptor whose lock says that this process lives; -1 once closed.
+
+        Descriptors of memory must be numbered above it: a dying process lets go of the highest
+        first, so the lock falls only when that memory is gone.
+        """
+        return self._segment.lock_fd
+
+    def close(self) -> None:
+        """Leaves the account. Release the memory first: what is booked counts as gone."""
+        self.core.close()

@@ -1,0 +1,116 @@
+"""Frozen statistics of a ledger: the only thing that tools read. All sizes are bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class MemberSnapshot:
+    """One process that maps memory for an instance."""
+
+    pid: int
+    """In the PID namespace of that process: only for people to read."""
+    alive: bool
+    """False once it is dead, until its row is reaped."""
+    created: int
+    """Bytes that it holds, mapped or kept for reuse."""
+    demand: int
+    """Bytes that it waits for before the instance has a scheduler; 0 when it does not wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccountSnapshot:
+    """One instance. Numbers of one account fit together; see LedgerSnapshot.consistent."""
+
+    instance: str
+    name: str
+    owner_pid: int | None
+    """The scheduler's process; None while there is none."""
+    owner_alive: bool
+    ready: bool
+    """The owner has said that the engine serves; False while it starts."""
+    guarantee: int
+    limit: int | None
+    """None: only the device's capacity limits it."""
+    weight: float
+    pinned: int
+    """What the instance cannot run without: an implicit guarantee."""
+    leased: int
+    """Bytes that the owner may have created; 0 without an owner."""
+    created: int
+    """Bytes that its members hold."""
+    charge: int
+    """What counts against the capacity: the larger one of leased and created."""
+    in_use: int
+    cached: int
+    warm: int
+    demand: int
+    """Bytes wanted that could not be leased, by the owner and by members that wait."""
+    granted: int
+    """Leases granted so far."""
+    refused: int
+    """Leases refused so far."""
+    reclaimed: int
+    """Bytes given back under pressure so far."""
+    lock_timeouts: int
+    """Leases that failed because a live process held the ledger's lock."""
+    members: tuple[MemberSnapshot, ...]
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Every process of the instance that the ledger knows, without repetition."""
+        owner = () if self.owner_pid is None else (self.owner_pid,)
+        return tuple(dict.fromkeys((*owner, *(member.pid for member in self.members))))
+
+    @property
+    def alive(self) -> bool:
+        """Whether any process of the instance lives."""
+        return self.owner_alive or any(member.alive for member in self.members)
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerSnapshot:
+    """One device's ledger at one moment."""
+
+    device: str
+    consistent: bool
+    """Nothing was leased while this was read. If False, sums over accounts may be off."""
+    capacity: int
+    headroom: int
+    high_water: int
+    """The most that was ever charged to all accounts together."""
+    reaps: int
+    """Owners and members whose rows were cleared after their death."""
+    lock_timeouts: int
+    locks_stolen: int
+    accounts: tuple[AccountSnapshot, ...]
+
+    @property
+    def charge(self) -> int:
+        """Bytes charged to all accounts together."""
+        return sum(account.charge for account in self.accounts)
+
+    @property
+    def free(self) -> int:
+        """Bytes that are neither headroom nor charged; negative after the capacity was lowered."""
+        return self.capacity - self.headroom - self.charge
+
+    def account(self, key: str) -> AccountSnapshot | None:
+        """The account with this instance or, failing that, this name; None if there is none."""
+        by_instance = (account for account in self.accounts if account.instance == key)
+        by_name = (account for account in self.accounts if account.name == key)
+        return next(by_instance, None) or next(by_name, None)
+
+
+def ledger_snapshot(raw: Mapping[str, Any]) -> LedgerSnapshot:
+    """Freezes what ``vmm_ops.Segment.snapshot`` returns."""
+    accounts = tuple(
+        AccountSnapshot(
+            **{**account, "members": tuple(MemberSnapshot(**m) for m in account["members"])}
+        )
+        for account in raw["accounts"]
+    )
+    return LedgerSnapshot(**{**raw, "accounts": accounts})
