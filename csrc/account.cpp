@@ -142,7 +142,7 @@ void AccountHandle::count_reclaimed(int64_t size_bytes) {
 }
 
 void AccountHandle::close() {
-  if (!segment_->usable() || closed_.exchange(true)) return;
+  if (!segment_->check_usable(true) || closed_.exchange(true)) return;
   {
     SegmentGuard guard(segment_->lock_);
     if (guard) {
@@ -223,7 +223,7 @@ int64_t MemberHandle::held() const {
 }
 
 void MemberHandle::close() {
-  if (!segment_->usable() || closed_.exchange(true)) return;
+  if (!segment_->check_usable(true) || closed_.exchange(true)) return;
   {
     SegmentGuard guard(segment_->lock_);
     if (guard) {

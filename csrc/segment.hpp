@@ -119,8 +119,8 @@ class Segment {
 
   std::string path_, device_;
   bool read_only_ = false;
-  std::atomic<bool> closed_{false};
-  Mapping mapping_;  // outlives close(): another thread may be reading
+  std::atomic<bool> closed_{true};  // until open() is through
+  Mapping mapping_;                 // outlives close(): another thread may be reading
   Liveness liveness_;
   mutable SegmentLock lock_;
 };

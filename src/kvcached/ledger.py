@@ -91,8 +91,8 @@ class Ledger:
         """Becomes the owner of the instance's account, which is found by ``instance`` or created.
 
         ``name`` is for people and is cut after 63 bytes; who creates the account names it.
-        ``pinned_bytes`` is an implicit guarantee: what the instance cannot run without. What members
-        have created already counts as leased from now on.
+        ``pinned_bytes`` is an implicit guarantee: what the instance cannot run without. What
+        members have created already counts as leased from now on.
 
         Raises LedgerError if the account has a living owner, if there is no row left, or if the
         pinned bytes do not fit beside what others are guaranteed; LedgerBusyError.
