@@ -1,0 +1,53 @@
+# What a contributor runs. Everything happens in .venv/ and build/ of this checkout.
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+BOOTSTRAP ?= python3
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
+
+.DEFAULT_GOAL := help
+.PHONY: help env build demo test lint bench chaos soak clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env:  ## build .venv/ with vLLM for the CPU and our tools (once; minutes)
+	@echo "== env: .venv/ with vLLM, torch and kvcached"
+	@$(BOOTSTRAP) tools/setup_env.py
+
+build: env  ## compile the C++ core in place
+	@echo "== build: the C++ core, kvcached.vmm_ops"
+	@mkdir -p build
+	@$(PYTHON) setup.py --quiet build_ext --inplace > build/core.log 2>&1 \
+	    || { cat build/core.log; exit 1; }
+
+demo: build  ## two engines under one budget, against two halves: report and picture
+	@echo "== demo: two vLLM engines share one budget (build/demo/)"
+	@$(PYTHON) -m kvcached.cli.main demo $(DEMO_ARGS)
+
+lint: env  ## ruff, mypy --strict, clang-format
+	@echo "== lint: ruff, mypy, clang-format"
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+	@.venv/bin/clang-format --dry-run --Werror $(CPP)
+
+test: build lint  ## lint, then the tests (not the long runs)
+	@echo "== test: pytest without the long runs"
+	@$(PYTHON) -m pytest -m "not slow and not gpu" $(TEST_ARGS)
+
+bench: build  ## the allocator's and the adapter's speed
+	@echo "== bench: allocator and pool"
+	@$(PYTHON) -m kvcached.cli.main bench alloc --backend host --json
+
+chaos: build  ## every kill and stop of every process, ten times each (long)
+	@echo "== chaos: kills and stops"
+	@$(PYTHON) -m pytest -m "slow" tests/engines $(TEST_ARGS)
+
+soak: build  ## many seeds of the simulation (long)
+	@echo "== soak: seeded simulation"
+	@$(PYTHON) -m pytest -m "slow" tests/sim $(TEST_ARGS)
+
+clean:  ## remove .venv/, build/ and compiled files
+	@echo "== clean: .venv/, build/ and compiled files"
+	@rm -rf .venv build dist src/*.egg-info src/kvcached/*.so
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

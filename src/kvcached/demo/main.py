@@ -1,0 +1,108 @@
+"""The demo from beginning to end."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from rich.console import Console
+
+from kvcached.demo import setups
+from kvcached.demo.compare import Comparison, compare
+from kvcached.demo.figures import Session
+from kvcached.demo.load import Target
+from kvcached.demo.models import Model, make_models
+from kvcached.demo.plot import draw_memory
+from kvcached.demo.report import Outcome, build_report, print_report, write_report
+from kvcached.demo.screen import Screen
+from kvcached.demo.session import run_session
+from kvcached.demo.setups import Options
+from kvcached.demo.trace import Request, make_load
+from kvcached.units import format_size
+
+
+def run_demo(options: Options, console: Console) -> dict[str, object]:
+    """Runs everything and returns the report, which is also on disk.
+
+    Call from the main thread. Raises KvcachedError when an engine or a model cannot be had; an
+    outcome that is not good is in the report under "failures".
+    """
+    started_s = time.monotonic()
+    screen = Screen(console)
+    options.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(options.ledger_directory, ignore_errors=True)
+    screen.say("making the models (once; about a minute with the download)")
+    models = dict(zip("AB", make_models(options.out.parent / "models"), strict=True))
+    load = make_load(options.shape, models)
+    screen.say(
+        f"{len(load)} requests from a slice of the Azure conversation trace, lengths scaled down; "
+        f"budget {format_size(options.budget_bytes)}"
+    )
+    with _terminated_as_interrupt():
+        outcome = _run_sessions(options, models, load, screen, started_s)
+    report = build_report(outcome)
+    write_report(report, options.out / "report.json")
+    names = {name: model.name for name, model in models.items()}
+    picture = options.out / "memory.png"
+    draw_memory(outcome.elastic, outcome.static, options.budget_bytes, names, picture)
+    print_report(report, console, options.out)
+    return report
+
+
+def _run_sessions(
+    options: Options,
+    models: dict[str, Model],
+    load: list[Request],
+    screen: Screen,
+    started_s: float,
+) -> Outcome:
+    """Elastic first; the plain engines that follow also judge its outputs while they are up."""
+    elastic = run_session(
+        setups.elastic(options, models), options, load, screen, runs=options.runs, alone=True
+    )
+    verdicts: list[Comparison] = []
+
+    def judge(plain: Session, targets: dict[str, Target]) -> None:
+        verdicts.append(compare(elastic.results(), plain.first_run(), targets))
+
+    reference = None
+    if not options.fast:
+        reference = run_session(
+            setups.reference(options, models),
+            options,
+            load,
+            screen,
+            runs=1,
+            paced=False,
+            alone=True,
+            before_stop=judge,
+        )
+    static = run_session(
+        setups.static(options, models),
+        options,
+        load,
+        screen,
+        runs=options.runs,
+        alone=options.fast,
+        before_stop=judge if options.fast else None,
+    )
+    elapsed_s = time.monotonic() - started_s
+    return Outcome(options, models, elastic, static, reference, verdicts[0], elapsed_s)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that no engine outlives the demo."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

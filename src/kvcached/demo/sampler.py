@@ -1,0 +1,173 @@
+"""Samples the physical bytes behind the engines' memfds, as the kernel counts them.
+
+Runs as a process of its own (``python -m kvcached.demo.sampler``), so that neither the load
+generator's work nor its interpreter lock delays a sample. It stats /proc/PID/fd/N and never opens
+one: an open descriptor would keep memory alive after its owner has died.
+
+Each sample is a record of little-endian numbers in the output file: the monotonic time, then the
+bytes of every session in the order of the command line. The process ends when its stdin closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from kvcached.demo.servers import session_processes
+
+INTERVAL_S = 0.003
+PROCESS_SCAN_S = 0.2
+MEMFD_PREFIX = "/memfd:kvcached:"
+
+
+class _ProcessWatch:
+    """The memfds of one process. A known descriptor is checked by inode, as numbers are reused."""
+
+    def __init__(self, pid: int) -> None:
+        self.folder = f"/proc/{pid}/fd"
+        self._known: dict[str, tuple[int, bool]] = {}  # descriptor -> inode, whether it is ours
+
+    def add_to(self, blocks: dict[int, int]) -> None:
+        """Adds bytes by inode. Raises OSError when the process is gone."""
+        for number in os.listdir(self.folder):
+            known = self._known.get(number)
+            if known is not None and not known[1]:
+                # Other files: looked at again only when the number is handed out anew, which the
+                # periodic ``forget`` covers.
+                continue
+            path = f"{self.folder}/{number}"
+            try:
+                status = os.stat(path)
+                if known is None or known[0] != status.st_ino:
+                    ours = os.readlink(path).startswith(MEMFD_PREFIX)
+                    self._known[number] = known = (status.st_ino, ours)
+            except FileNotFoundError:
+                continue  # closed since it was listed
+            if known[1]:
+                blocks[status.st_ino] = status.st_blocks * 512
+
+    def forget(self) -> None:
+        """Looks again at every descriptor that was not ours."""
+        self._known = {number: known for number, known in self._known.items() if known[1]}
+
+
+class SessionWatch:
+    """The memfds of all processes of one engine; a memfd that two of them hold counts once."""
+
+    def __init__(self, session: int) -> None:
+        self._session = session
+        self._processes: dict[int, _ProcessWatch] = {}
+        self._scanned_s = 0.0
+
+    def physical_bytes(self, now_s: float) -> int:
+        if now_s - self._scanned_s >= PROCESS_SCAN_S:
+            self._scanned_s = now_s
+            for pid in session_processes(self._session):
+                self._processes.setdefault(pid, _ProcessWatch(pid)).forget()
+        blocks: dict[int, int] = {}
+        for pid, watch in list(self._processes.items()):
+            try:
+                watch.add_to(blocks)
+            except OSError:
+                del self._processes[pid]
+        return sum(blocks.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Physical bytes of each engine at one moment of the monotonic clock."""
+
+    at_s: float
+    engine_bytes: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(self.engine_bytes)
+
+
+class Sampler:
+    """The sampling process, seen from the demo. Use as a context manager."""
+
+    def __init__(self, sessions: Sequence[int], output: Path) -> None:
+        self._record = struct.Struct(f"<d{len(sessions)}q")
+        self._output = output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(b"")
+        command = [sys.executable, "-m", "kvcached.demo.sampler", str(output)]
+        self._process = subprocess.Popen(
+            command + [str(session) for session in sessions], stdin=subprocess.PIPE
+        )
+
+    def latest(self) -> Sample | None:
+        """The newest sample on record (at most about 50 ms old)."""
+        size = self._output.stat().st_size // self._record.size
+        if size == 0:
+            return None
+        with self._output.open("rb") as stream:
+            stream.seek((size - 1) * self._record.size)
+            return self._unpack(stream.read(self._record.size))
+
+    def stop(self) -> list[Sample]:
+        """Ends the process and returns all samples."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        data = self._output.read_bytes()
+        whole = len(data) // self._record.size * self._record.size
+        size = self._record.size
+        return [self._unpack(data[at : at + size]) for at in range(0, whole, size)]
+
+    def _unpack(self, data: bytes) -> Sample:
+        at_s, *engine_bytes = self._record.unpack(data)
+        return Sample(at_s, tuple(engine_bytes))
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._process.poll() is None:
+            self.stop()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``OUTPUT SESSION...``: samples until stdin closes."""
+    output, sessions = arguments[0], [int(session) for session in arguments[1:]]
+    with contextlib.suppress(OSError):
+        os.nice(-10)  # only root may; a late sample is reported, not hidden
+    record = struct.Struct(f"<d{len(sessions)}q")
+    watches = [SessionWatch(session) for session in sessions]
+    with open(output, "ab", buffering=1 << 16) as stream:
+        due_s = flushed_s = time.monotonic()
+        while True:
+            now_s = time.monotonic()
+            stream.write(record.pack(now_s, *(watch.physical_bytes(now_s) for watch in watches)))
+            if now_s - flushed_s > 0.05:
+                flushed_s = now_s
+                stream.flush()
+            due_s = max(due_s + INTERVAL_S, now_s)
+            pause_s = max(0.0, due_s - time.monotonic())
+            if select.select([sys.stdin], [], [], pause_s)[0]:
+                return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

