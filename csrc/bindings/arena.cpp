@@ -13,6 +13,7 @@
 #include "cuda_backend.hpp"
 #include "dlpack.hpp"
 #include "host_backend.hpp"
+#include "host_memory.hpp"
 #include "probe.hpp"
 
 namespace py = pybind11;
@@ -73,6 +74,16 @@ bool is_mapped(const Arena& arena, int64_t page) {
   bool mapped = false;
   raise_if_failed(without_gil([&] { return arena.is_mapped(page, &mapped); }));
   return mapped;
+}
+
+// The same for a backend.
+template <auto Method>
+auto observed_backend(const Probe& backend) {
+  if (backend.inherited()) {
+    raise_if_failed({Code::kInvalidArgument,
+                     "backend: it belongs to the process that this one was forked from"});
+  }
+  return without_gil([&] { return (backend.*Method)(); });
 }
 
 void check(const Arena& arena) {
@@ -174,10 +185,10 @@ void bind_backends(py::module_& module) {
       .def_property_readonly("granularity", &Probe::granularity)
       .def("free_bytes", [](Probe& self) { return memory_info(self).first; })
       .def("total_bytes", [](Probe& self) { return memory_info(self).second; })
-      .def("live_handles", &Probe::live_handles)
-      .def("live_reservations", &Probe::live_reservations)
-      .def("created_bytes", &Probe::created_bytes)
-      .def("calls", &Probe::calls)
+      .def("live_handles", &observed_backend<&Probe::live_handles>)
+      .def("live_reservations", &observed_backend<&Probe::live_reservations>)
+      .def("created_bytes", &observed_backend<&Probe::created_bytes>)
+      .def("calls", &observed_backend<&Probe::calls>)
       .def(
           "inject",
           [](Probe& self, int64_t nth, const std::string& code,
@@ -193,6 +204,15 @@ void bind_backends(py::module_& module) {
             [&](std::shared_ptr<Backend>* made) { return HostBackend::open(name, min_fd, made); });
       },
       py::arg("name"), py::arg("min_fd") = -1);
+  module.def(
+      "host_memory_info",
+      [](const std::string& proc, const std::string& cgroup) {
+        size_t free_bytes = 0;
+        size_t total_bytes = 0;
+        raise_if_failed(host_memory_info(&free_bytes, &total_bytes, proc, cgroup));
+        return std::make_pair(free_bytes, total_bytes);
+      },
+      py::arg("proc") = "/proc", py::arg("cgroup") = "/sys/fs/cgroup");
   module.def(
       "cuda_backend",
       [](int ordinal) {

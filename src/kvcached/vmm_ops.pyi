@@ -47,6 +47,13 @@ def host_backend(name: str, min_fd: int = -1) -> Backend:
     that is empty or longer than 200 bytes.
     """
 
+def host_memory_info(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> tuple[int, int]:
+    """Free and total bytes that this process may use: the machine's, cut by its cgroups' limits.
+
+    File cache that gives way by itself counts as free. Raises UnavailableError where the kernel
+    does not say.
+    """
+
 def cuda_backend(ordinal: int) -> Backend:
     """The GPU that this process sees under ``ordinal``. The driver is opened here, not at import.
 
