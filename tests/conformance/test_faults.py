@@ -4,6 +4,7 @@ the books stay exact, and the next operation works."""
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -140,6 +141,40 @@ def test_destructor_that_fails_for_good_keeps_the_books(
     assert left <= created
     if operation in ("unmap", "free_reservation", None):
         assert device.backend.live_reservations() == 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_operations_under_random_faults(device: Device, seed: int) -> None:
+    """Against a model: which pages are mapped, and what each of them holds."""
+    rng = random.Random(seed)
+    arena = open_arena(device, regions=1 + seed % 3, pool_bytes=seed * device.chunk)
+    contents: dict[int, int] = {}
+    for _ in range(150):
+        pages = rng.sample(range(PAGES), rng.randint(1, 4))
+        absent = [page for page in pages if page not in contents]
+        present = [page for page in pages if page in contents]
+        times, code = rng.choice([1, 3, FOR_GOOD]), rng.choice(["out_of_memory", "driver"])
+        with failing(device, rng.randint(1, 20), code=code, times=times):
+            try:
+                arena.map(absent)
+            except (OutOfMemoryError, DriverError):
+                absent = []
+            arena.unmap(present)
+            arena.trim(rng.choice([0, device.chunk]))
+        for page in present:
+            del contents[page]
+        for page in absent:
+            contents[page] = rng.randrange(1, 256)
+            device.write(arena.address + page * device.chunk, contents[page], device.chunk)
+        assert arena.mapped_pages() == sorted(contents)
+        assert_books_agree(device, arena)
+        for page, value in contents.items():
+            found = device.read(arena.address + page * device.chunk, device.chunk)
+            assert found == bytes([value]) * device.chunk
+    arena.retry_quarantine()
+    assert arena.quarantined_bytes() == 0
+    del arena
+    assert_nothing_left(device)
 
 
 def test_failure_is_told_in_words_and_counted(device: Device) -> None:
