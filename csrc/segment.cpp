@@ -18,6 +18,7 @@ Status Segment::open(const OpenRequest& request, std::shared_ptr<Segment>* opene
   segment->path_ = request.directory + "/" + ledger_file_name(request.device);
   Status status = open_ledger_file(request, segment->liveness_, segment->mapping_);
   if (!status) return status;
+  segment->liveness_.renumber();  // the folder and the mapped file are closed again
   int64_t capacity = segment->capacity();
   if (request.capacity_bytes >= 0 && request.capacity_bytes != capacity) {
     return {Code::kLedger, segment->path_ + ": this ledger's capacity is " +

@@ -183,7 +183,8 @@ def test_one_of_several_creators_wins(directory: Path) -> None:
     program = (
         "import sys, pathlib; from kvcached.ledger import Ledger; sys.stdin.readline();"
         "ledger = Ledger.open(pathlib.Path(sys.argv[1]), 'host:test', 1 << 30);"
-        "account = ledger.join(sys.argv[2], 'n'); account.lease(1); print('open', flush=True); sys.stdin.readline()"
+        "account = ledger.join(sys.argv[2], 'n'); account.lease(1);"
+        "print('open', flush=True); sys.stdin.readline()"
     )
     racers = [
         subprocess.Popen(
