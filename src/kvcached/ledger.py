@@ -248,6 +248,17 @@ class Account:
         """Gives up the account: from then on only what its members hold is charged."""
         self.core.close()
 
+    def __enter__(self) -> Account:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
 
 class Member:
     """A process that maps memory for an instance: it says what exists and what is gone."""
@@ -291,3 +302,14 @@ class Member:
     def close(self) -> None:
         """Leaves the account. Release the memory first: what is booked counts as gone."""
         self.core.close()
+
+    def __enter__(self) -> Member:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
