@@ -191,9 +191,9 @@ uint32_t Segment::sequence(Bell which) const {
 uint32_t Segment::wait(Bell which, uint32_t seen, double seconds) {
   if (!usable()) return seen;
   layout::Bell& heard = bell(which);
+  const double bounded = seconds > 0 ? std::min(seconds, 1e8) : 0;  // also not a number
   auto deadline =
-      SteadyClock::now() +
-      std::chrono::nanoseconds(static_cast<int64_t>(std::min(std::max(seconds, 0.0), 1e8) * 1e9));
+      SteadyClock::now() + std::chrono::nanoseconds(static_cast<int64_t>(bounded * 1e9));
   while (true) {
     if (!read_only_) heard.sleepers.store(1);
     uint32_t sequence = heard.sequence.load();

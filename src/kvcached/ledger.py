@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 from kvcached import vmm_ops
+from kvcached.errors import LedgerError
 from kvcached.snapshot import LedgerSnapshot, ledger_snapshot
 
 
@@ -54,7 +55,10 @@ class Ledger:
         """
         directory = Path(directory)
         if create and not read_only:
-            directory.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise LedgerError(f"{directory}: cannot create its parent: {error}") from error
         capacity = -1 if capacity_bytes is None else max(capacity_bytes, 0)
         return cls(
             vmm_ops.Segment.open(

@@ -37,6 +37,7 @@ OPERATIONS: dict[str, tuple[bool, bool, Operation]] = {
     "join": (False, False, lambda ledger, a, m: ledger.join("one", "one", 10)),
     "join anew": (False, False, lambda ledger, a, m: ledger.join("three", "three", 10)),
     "attach": (False, False, lambda ledger, a, m: ledger.attach("one", "one", 10)),
+    "reap": (False, False, lambda ledger, a, m: ledger.reap()),
     "lease": (True, False, lambda ledger, a, m: a.lease(40)),
     "refused lease": (True, False, lambda ledger, a, m: a.lease(2000)),
     "give back": (True, False, lambda ledger, a, m: a.give_back(30)),
@@ -72,6 +73,8 @@ class Bench:
     def start(self, operation: str) -> None:
         """Forks a process that stands right before the operation."""
         owner, maps, call = OPERATIONS[operation]
+        if not owner and not maps:
+            self.leave_dead()  # for the operations that reap
         self.child = os.fork()
         if self.child == 0:
             try:
@@ -92,6 +95,17 @@ class Bench:
         _, status = os.waitpid(self.child, os.WUNTRACED)
         assert os.WIFSTOPPED(status), "the child failed before the operation"
 
+    def leave_dead(self) -> None:
+        """Leaves the rows of a dead member here, and of a dead owner and member elsewhere."""
+        child = os.fork()
+        if child == 0:
+            ledger = Ledger.open(self.ledger.path.parent, DEVICE)
+            keep = [ledger.attach("one", "one"), ledger.attach("four", "four")]
+            done = all(member.pin(25) for member in keep)
+            account = ledger.join("four", "four")
+            os._exit(0 if done and account.lease(100) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
     def step(self) -> bool:
         """One instruction further; False when the operation is through."""
         if libc.ptrace(PTRACE_SINGLESTEP, self.child, 0, 0) != 0:
@@ -104,8 +118,8 @@ class Bench:
         os.kill(self.child, signal.SIGKILL)
         os.waitpid(self.child, 0)
 
-    def charges(self) -> tuple[dict[str, int], bool]:
-        """What each account is charged, and whether the lock is free; checks what always holds."""
+    def charges(self) -> dict[str, int]:
+        """What each account is charged; checks what always holds."""
         raw = self.ledger.core.snapshot()
         charges = {}
         for account in raw["accounts"]:
@@ -115,7 +129,7 @@ class Bench:
         assert total <= raw["high_water"] <= LENDABLE
         assert charges["two"] == OTHER_HOLDS
         assert charges["one"] >= MEMBER_HOLDS
-        return charges, raw["consistent"]
+        return charges
 
     def recover(self) -> None:
         """What the survivors find after the child's death."""
@@ -123,15 +137,13 @@ class Bench:
         self.ledger.set_capacity(LENDABLE)
         self.ledger.set_guarantee("one", 0)
         assert self.other.lease(LENDABLE - OTHER_HOLDS - MEMBER_HOLDS)  # steals and reaps
-        charges, _ = self.charges_now()
+        self.ledger.reap()  # an empty row does not stand in the way of a lease
+        raw = self.ledger.core.snapshot()
+        charges = {each["instance"]: each["charge"] for each in raw["accounts"]}
         assert charges == {"one": MEMBER_HOLDS, "two": LENDABLE - MEMBER_HOLDS}
         self.other.give_back(LENDABLE - OTHER_HOLDS - MEMBER_HOLDS)
         assert self.member.held() == MEMBER_HOLDS
         assert self.ledger.snapshot().lock_timeouts == 0
-
-    def charges_now(self) -> tuple[dict[str, int], bool]:
-        raw = self.ledger.core.snapshot()
-        return {each["instance"]: each["charge"] for each in raw["accounts"]}, raw["consistent"]
 
 
 @pytest.fixture
@@ -146,7 +158,7 @@ def watch(bench: Bench, operation: str) -> list[int]:
     """Steps through all of it; returns the steps before and after which the ledger differs."""
     bench.start(operation)
     before = last = bench.bytes()
-    first, _ = bench.charges()
+    first = bench.charges()
     seen = [first]
     changes = []
     steps = 0
@@ -157,7 +169,7 @@ def watch(bench: Bench, operation: str) -> list[int]:
             continue
         changes.append(steps)
         last = now
-        charges, _ = bench.charges()
+        charges = bench.charges()
         seen.append(charges)
     final = seen[-1]
     for charges in seen:  # nothing between what was and what is
@@ -188,7 +200,13 @@ def killed_after(bench: Bench, operation: str, changes: int) -> bool:
     return going
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+SAMPLE = ("join anew", "reap", "lease", "pin with owner", "close account")
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [key if key in SAMPLE else pytest.param(key, marks=pytest.mark.slow) for key in OPERATIONS],
+)
 def test_killed_after_any_store(bench: Bench, operation: str) -> None:
     """All that a dead process leaves behind is what it stored: so every store is a last one."""
     changes = 1

@@ -140,6 +140,13 @@ def test_a_folder_that_others_may_change_is_refused(directory: Path) -> None:
         Ledger.open(directory, DEVICE)
 
 
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "file" / "x" / "y"):
+        with pytest.raises(LedgerError, match=str(folder)):
+            create(folder)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
 def test_a_folder_of_another_user_is_refused(directory: Path) -> None:
     create(directory).close()
