@@ -210,7 +210,7 @@ def simulate(directory: Path, seed: int, seconds: float) -> None:
 
 
 def test_a_sample_of_kills(tmp_path: Path) -> None:
-    simulate(tmp_path, seed=1, seconds=8)
+    simulate(tmp_path, seed=1, seconds=5)
 
 
 @pytest.mark.slow
