@@ -173,6 +173,7 @@ def watch(bench: Bench, operation: str) -> list[int]:
         seen.append(charges)
     final = seen[-1]
     for charges in seen:  # nothing between what was and what is
+        assert set(charges) <= set(first) | set(final)  # no half-written row
         for key in set(first) | set(final):
             values = (first.get(key, 0), final.get(key, 0))
             assert min(values) <= charges.get(key, 0) <= max(values)
