@@ -66,6 +66,15 @@ int Liveness::open(int dir_fd, const char* name, bool writable) {
   return 0;
 }
 
+void Liveness::renumber() {
+  std::lock_guard<std::mutex> guard(LivenessRegistry::get().mutex);
+  int copy = fcntl(fd_, F_DUPFD_CLOEXEC, 0);
+  if (copy < 0) return;
+  // Both numbers stand for one description, which keeps its locks.
+  ::close(std::max(copy, fd_));
+  fd_ = std::min(copy, fd_);
+}
+
 void Liveness::close() {
   if (inherited()) return;
   LivenessRegistry& registry = LivenessRegistry::get();

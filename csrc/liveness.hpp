@@ -24,6 +24,8 @@ class Liveness {
 
   // Opens `name` in the folder `dir_fd`. Returns 0 or the errno.
   int open(int dir_fd, const char* name, bool writable);
+  // Gives the descriptor the lowest free number. A dying process closes the highest first.
+  void renumber();
   // Drops every lock with the descriptor. Does nothing in a forked child.
   void close();
 

@@ -18,6 +18,7 @@ Status Segment::open(const OpenRequest& request, std::shared_ptr<Segment>* opene
   segment->path_ = request.directory + "/" + ledger_file_name(request.device);
   Status status = open_ledger_file(request, segment->liveness_, segment->mapping_);
   if (!status) return status;
+  segment->liveness_.renumber();  // the folder and the mapped file are closed again
   int64_t capacity = segment->capacity();
   if (request.capacity_bytes >= 0 && request.capacity_bytes != capacity) {
     return {Code::kLedger, segment->path_ + ": this ledger's capacity is " +
@@ -190,9 +191,9 @@ uint32_t Segment::sequence(Bell which) const {
 uint32_t Segment::wait(Bell which, uint32_t seen, double seconds) {
   if (!usable()) return seen;
   layout::Bell& heard = bell(which);
+  const double bounded = seconds > 0 ? std::min(seconds, 1e8) : 0;  // also not a number
   auto deadline =
-      SteadyClock::now() +
-      std::chrono::nanoseconds(static_cast<int64_t>(std::min(std::max(seconds, 0.0), 1e8) * 1e9));
+      SteadyClock::now() + std::chrono::nanoseconds(static_cast<int64_t>(bounded * 1e9));
   while (true) {
     if (!read_only_) heard.sleepers.store(1);
     uint32_t sequence = heard.sequence.load();

@@ -103,7 +103,7 @@ class Segment {
   Status claim_member(uint32_t index, uint32_t* member);
   void vacate_owner(uint32_t index);
   void vacate_member(uint32_t index, uint32_t member);
-  void vacate_if_empty(uint32_t index);
+  bool vacate_if_empty(uint32_t index);
   uint32_t reap_locked();
   // True, and the high-water mark raised, if the account may be charged so much more.
   bool reserve_locked(uint32_t index, int64_t size_bytes);

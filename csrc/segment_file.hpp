@@ -46,6 +46,9 @@ class Mapping {
 Status open_ledger_file(const OpenRequest& request, Liveness& liveness, Mapping& mapping);
 
 // Checks that the open file still has its full size: touching pages cut off would be a SIGBUS.
+// Every operation but the hot ones (a granted lease, created, released, publish) asks first. What
+// remains: the file's owner cuts it while another of his processes is in a hot operation, or right
+// after the question. The file and its folder are closed to everybody else.
 Status check_not_cut(int fd, const std::string& path);
 
 }  // namespace kvcached

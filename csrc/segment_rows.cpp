@@ -145,19 +145,21 @@ void Segment::vacate_member(uint32_t index, uint32_t member) {
   liveness_.drop(member_byte(index, member));
 }
 
-void Segment::vacate_if_empty(uint32_t index) {
+bool Segment::vacate_if_empty(uint32_t index) {
   Account& row = account(index);
-  if (charges::used(row.scheduler.claimed)) return;
+  if (charges::used(row.scheduler.claimed)) return false;
   for (uint32_t i = 0; i < charges::member_rows(row); ++i) {
-    if (charges::used(row.members[i].state)) return;
+    if (charges::used(row.members[i].state)) return false;
   }
   row.name.state = 0;
+  return true;
 }
 
 uint32_t Segment::reap_locked() {
   uint32_t reaped = 0;
   for (uint32_t i = 0; i < charges::account_rows(header()); ++i) {
     if (!charges::used(account(i).name.state)) continue;
+    const uint32_t before = reaped;
     for (uint32_t j = 0; j < charges::member_rows(account(i)); ++j) {
       if (!charges::used(account(i).members[j].state)) continue;
       if (!liveness_.take(member_byte(i, j))) continue;
@@ -168,7 +170,8 @@ uint32_t Segment::reap_locked() {
       vacate_owner(i);
       ++reaped;
     }
-    vacate_if_empty(i);
+    // Someone may have died between creating the account and becoming part of it.
+    if (vacate_if_empty(i) && reaped == before) ++reaped;
   }
   if (reaped != 0) {
     header().statistics.reaps.fetch_add(reaped);

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 from kvcached import vmm_ops
+from kvcached.errors import LedgerError
 from kvcached.snapshot import LedgerSnapshot, ledger_snapshot
 
 
@@ -54,7 +55,10 @@ class Ledger:
         """
         directory = Path(directory)
         if create and not read_only:
-            directory.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise LedgerError(f"{directory}: cannot create its parent: {error}") from error
         capacity = -1 if capacity_bytes is None else max(capacity_bytes, 0)
         return cls(
             vmm_ops.Segment.open(
@@ -248,6 +252,17 @@ class Account:
         """Gives up the account: from then on only what its members hold is charged."""
         self.core.close()
 
+    def __enter__(self) -> Account:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
 
 class Member:
     """A process that maps memory for an instance: it says what exists and what is gone."""
@@ -291,3 +306,14 @@ class Member:
     def close(self) -> None:
         """Leaves the account. Release the memory first: what is booked counts as gone."""
         self.core.close()
+
+    def __enter__(self) -> Member:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -61,10 +62,8 @@ class Remote:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 pipe.close()
-            except BrokenPipeError:
-                pass
 
     def stop(self) -> None:
         """SIGSTOP, and waits until it has stopped."""
@@ -96,7 +95,7 @@ def _serve(directory: str, device: str) -> None:
                 reply = {"value": None}
             else:
                 reply = {"value": eval(code, scope)}
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the process's edge: it reports
             reply = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), flush=True)
 

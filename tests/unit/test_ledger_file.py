@@ -140,6 +140,13 @@ def test_a_folder_that_others_may_change_is_refused(directory: Path) -> None:
         Ledger.open(directory, DEVICE)
 
 
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "file" / "x" / "y"):
+        with pytest.raises(LedgerError, match=str(folder)):
+            create(folder)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
 def test_a_folder_of_another_user_is_refused(directory: Path) -> None:
     create(directory).close()
@@ -183,7 +190,8 @@ def test_one_of_several_creators_wins(directory: Path) -> None:
     program = (
         "import sys, pathlib; from kvcached.ledger import Ledger; sys.stdin.readline();"
         "ledger = Ledger.open(pathlib.Path(sys.argv[1]), 'host:test', 1 << 30);"
-        "account = ledger.join(sys.argv[2], 'n'); account.lease(1); print('open', flush=True); sys.stdin.readline()"
+        "account = ledger.join(sys.argv[2], 'n'); account.lease(1);"
+        "print('open', flush=True); sys.stdin.readline()"
     )
     racers = [
         subprocess.Popen(
