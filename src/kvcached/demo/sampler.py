@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from kvcached.demo.servers import session_processes
+from kvcached.demo.processes import session_processes
 
 INTERVAL_S = 0.003
 PROCESS_SCAN_S = 0.2

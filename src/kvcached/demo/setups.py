@@ -19,7 +19,7 @@ from kvcached.units import MIB
 
 BLOCK_TOKENS = 32
 MAX_MODEL_TOKENS = 1024
-DEFAULT_BUDGET = 256 * MIB
+DEFAULT_BUDGET = 224 * MIB
 
 
 @dataclass(frozen=True, slots=True)
