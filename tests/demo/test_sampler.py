@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcached.demo.sampler import Sampler
+from kvcached.demo.sampler import Sampler, SamplerError
 
 MIB = 1 << 20
 
@@ -103,3 +103,11 @@ def test_nothing_is_lost_in_the_file(tmp_path: Path, count: int) -> None:
         samples = sampler.stop()
     assert len(samples) > 20
     assert all(len(sample.engine_bytes) == count for sample in samples)
+
+
+def test_a_sampler_that_died_is_an_error(tmp_path: Path) -> None:
+    with Sampler([1 << 22], tmp_path / "samples") as sampler:
+        assert _until(lambda: sampler.latest() is not None)
+        sampler._process.kill()
+        with pytest.raises(SamplerError):
+            sampler.stop()

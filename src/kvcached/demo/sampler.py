@@ -25,11 +25,16 @@ from pathlib import Path
 from types import TracebackType
 
 from kvcached.demo.processes import session_processes
+from kvcached.errors import KvcachedError
 
 INTERVAL_S = 0.003
 PROCESS_SCAN_S = 0.2
 STOP_LIMIT_S = 5.0
 MEMFD_PREFIX = "/memfd:kvcached:"
+
+
+class SamplerError(KvcachedError):
+    """Memory was not watched to the end, so nothing can be said about the budget."""
 
 
 class _ProcessWatch:
@@ -124,7 +129,7 @@ class Sampler:
         return sample if sample.at_s else None
 
     def stop(self) -> list[Sample]:
-        """Ends the process and returns all samples."""
+        """Ends the process and returns all samples. Raises SamplerError when it had died."""
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
@@ -133,8 +138,8 @@ class Sampler:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        if not self._output.is_file():
-            return []
+        if self._process.returncode != 0:
+            raise SamplerError(f"the memory sampler ended with {self._process.returncode}")
         data = self._output.read_bytes()
         size = self._record.size
         return [self._unpack(data[at : at + size]) for at in range(0, len(data), size)]
@@ -153,7 +158,8 @@ class Sampler:
         trace: TracebackType | None,
     ) -> None:
         if self._process.poll() is None:
-            self.stop()
+            self._process.kill()
+            self._process.wait()
 
 
 def _record(sessions: int) -> struct.Struct:

@@ -47,7 +47,7 @@ class LoadShape:
     burst_a: int = 42
     burst_b: int = 114
     both_each: int = 28
-    burst_a_span_s: float = 9.0
+    burst_a_span_s: float = 11.0
     burst_b_span_s: float = 6.0
     both_span_s: float = 9.0
     prompt_divisor: float = 8.0
