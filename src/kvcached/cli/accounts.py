@@ -39,21 +39,27 @@ class LedgerFigures:
 
 
 class LedgerReader:
-    """Reads snapshots; None until the first engine has created the ledger."""
+    """Reads a device's ledger again and again; it opens it once and never creates it."""
 
     def __init__(self, directory: Path, device: str) -> None:
         self._directory, self._device = directory, device
         self._ledger: Any = None
 
-    def read(self) -> LedgerFigures | None:
-        """The figures now. Any thread; a reader takes no lock that an engine waits for."""
+    def read(self) -> LedgerFigures:
+        """The figures now; takes no lock. Raises LedgerError where there is no good ledger."""
         if self._ledger is None:
             module = importlib.import_module("kvcached.ledger")
-            try:
-                self._ledger = module.Ledger.open(self._directory, self._device)
-            except (FileNotFoundError, LedgerError):
-                return None
+            self._ledger = module.Ledger.open(
+                self._directory, self._device, create=False, read_only=True
+            )
         return _figures(self._ledger.snapshot())
+
+    def read_or_none(self) -> LedgerFigures | None:
+        """Like ``read``, but None until there is a ledger."""
+        try:
+            return self.read()
+        except LedgerError:
+            return None
 
 
 def _figures(snapshot: Any) -> LedgerFigures:
@@ -70,7 +76,7 @@ def _figures(snapshot: Any) -> LedgerFigures:
                 warm=account.warm,
                 demand=account.demand,
                 pinned=account.pinned,
-                leases_refused=account.leases_refused,
+                leases_refused=account.refused,
                 reclaimed=account.reclaimed,
             )
             for account in snapshot.accounts

@@ -19,6 +19,7 @@ app = typer.Typer(
     help="kvcached: several LLM engines share one device's KV-cache memory.",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,  # our errors are one line; others keep Python's own form
     rich_markup_mode="rich",
 )
 
@@ -116,8 +117,6 @@ def list_accounts(
     config = Config.from_env()
     chosen = device or config.device or "host:default"
     figures = LedgerReader(config.directory, chosen).read()
-    if figures is None:
-        raise KvcachedError(f"no engine has used {chosen} yet (no ledger in {config.directory})")
     if as_json:
         typer.echo(json.dumps(asdict(figures), indent=2))
         return

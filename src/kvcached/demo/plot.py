@@ -81,7 +81,7 @@ def _draw_bytes(axes: Any, elastic: Session, budget_bytes: int, models: dict[str
         ylabel="physical KV memory, MiB",
     )
     axes.set_title("One budget, two engines: memory goes to whoever works", loc="left", pad=14)
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.86), frameon=False, fontsize=9)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
 
 
 def _thin(samples: list[Sample]) -> list[Sample]:

@@ -163,8 +163,8 @@ def print_report(report: dict[str, Any], console: Console, out: Path) -> None:
 def _comparison_table(report: dict[str, Any]) -> Table:
     table = Table(title="Time to first token under one budget", title_justify="left")
     table.add_column("phase")
-    for heading in ("static mean", "elastic mean", "static p99", "elastic p99", "p99 ratio"):
-        table.add_column(heading, justify="right")
+    for heading in ("static mean", "elastic mean", "static p99", "elastic p99", "ratio"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("finished in window", justify="right")
     table.add_column("preemptions", justify="right")
     for name in PHASES:

@@ -4,13 +4,15 @@ Runs as a process of its own (``python -m kvcached.demo.sampler``), so that neit
 generator's work nor its interpreter lock delays a sample. It stats /proc/PID/fd/N and never opens
 one: an open descriptor would keep memory alive after its owner has died.
 
-Each sample is a record of little-endian numbers in the output file: the monotonic time, then the
-bytes of every session in the order of the command line. The process ends when its stdin closes.
+A sample is a record: the monotonic time, then the bytes of every session in the order of the
+command line. The newest one lies in a small shared mapping; all of them are written to the output
+file when stdin closes, because a write to a busy disk would hold up the sampling.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import select
 import struct
@@ -22,11 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from kvcached.demo.servers import session_processes
+from kvcached.demo.processes import session_processes
+from kvcached.errors import KvcachedError
 
 INTERVAL_S = 0.003
 PROCESS_SCAN_S = 0.2
+STOP_LIMIT_S = 5.0
 MEMFD_PREFIX = "/memfd:kvcached:"
+
+
+class SamplerError(KvcachedError):
+    """Memory was not watched to the end, so nothing can be said about the budget."""
 
 
 class _ProcessWatch:
@@ -98,38 +106,43 @@ class Sampler:
     """The sampling process, seen from the demo. Use as a context manager."""
 
     def __init__(self, sessions: Sequence[int], output: Path) -> None:
-        self._record = struct.Struct(f"<d{len(sessions)}q")
+        self._record = _record(len(sessions))
         self._output = output
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(b"")
-        command = [sys.executable, "-m", "kvcached.demo.sampler", str(output)]
-        self._process = subprocess.Popen(
-            command + [str(session) for session in sessions], stdin=subprocess.PIPE
-        )
+        output.unlink(missing_ok=True)
+        shared = os.memfd_create("demo-latest-sample")
+        try:
+            os.ftruncate(shared, self._record.size)
+            self._latest = mmap.mmap(shared, self._record.size, prot=mmap.PROT_READ)
+            command = [sys.executable, "-m", "kvcached.demo.sampler", str(output), str(shared)]
+            self._process = subprocess.Popen(
+                command + [str(session) for session in sessions],
+                stdin=subprocess.PIPE,
+                pass_fds=[shared],
+            )
+        finally:
+            os.close(shared)
 
     def latest(self) -> Sample | None:
-        """The newest sample on record (at most about 50 ms old)."""
-        size = self._output.stat().st_size // self._record.size
-        if size == 0:
-            return None
-        with self._output.open("rb") as stream:
-            stream.seek((size - 1) * self._record.size)
-            return self._unpack(stream.read(self._record.size))
+        """The newest sample; None before the first."""
+        sample = self._unpack(self._latest[:])
+        return sample if sample.at_s else None
 
     def stop(self) -> list[Sample]:
-        """Ends the process and returns all samples."""
+        """Ends the process and returns all samples. Raises SamplerError when it had died."""
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
         try:
-            self._process.wait(5)
+            self._process.wait(STOP_LIMIT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        if self._process.returncode != 0:
+            raise SamplerError(f"the memory sampler ended with {self._process.returncode}")
         data = self._output.read_bytes()
-        whole = len(data) // self._record.size * self._record.size
         size = self._record.size
-        return [self._unpack(data[at : at + size]) for at in range(0, whole, size)]
+        return [self._unpack(data[at : at + size]) for at in range(0, len(data), size)]
 
     def _unpack(self, data: bytes) -> Sample:
         at_s, *engine_bytes = self._record.unpack(data)
@@ -145,28 +158,41 @@ class Sampler:
         trace: TracebackType | None,
     ) -> None:
         if self._process.poll() is None:
-            self.stop()
+            self._process.kill()
+            self._process.wait()
+
+
+def _record(sessions: int) -> struct.Struct:
+    return struct.Struct(f"<d{sessions}q")
+
+
+def _ask_for_priority() -> None:
+    """A real-time or at least a higher priority where it may be had; late samples are reported."""
+    with contextlib.suppress(OSError):
+        os.nice(-10)
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
 
 def main(arguments: Sequence[str]) -> None:
-    """``OUTPUT SESSION...``: samples until stdin closes."""
-    output, sessions = arguments[0], [int(session) for session in arguments[1:]]
-    with contextlib.suppress(OSError):
-        os.nice(-10)  # only root may; a late sample is reported, not hidden
-    record = struct.Struct(f"<d{len(sessions)}q")
-    watches = [SessionWatch(session) for session in sessions]
-    with open(output, "ab", buffering=1 << 16) as stream:
-        due_s = flushed_s = time.monotonic()
-        while True:
-            now_s = time.monotonic()
-            stream.write(record.pack(now_s, *(watch.physical_bytes(now_s) for watch in watches)))
-            if now_s - flushed_s > 0.05:
-                flushed_s = now_s
-                stream.flush()
-            due_s = max(due_s + INTERVAL_S, now_s)
-            pause_s = max(0.0, due_s - time.monotonic())
-            if select.select([sys.stdin], [], [], pause_s)[0]:
-                return
+    """``OUTPUT SHARED_FD SESSION...``: samples until stdin closes."""
+    output, shared, sessions = arguments[0], int(arguments[1]), arguments[2:]
+    _ask_for_priority()
+    record = _record(len(sessions))
+    latest = mmap.mmap(shared, record.size)
+    watches = [SessionWatch(int(session)) for session in sessions]
+    samples = bytearray()
+    due_s = time.monotonic()
+    while True:
+        now_s = time.monotonic()
+        data = record.pack(now_s, *(watch.physical_bytes(now_s) for watch in watches))
+        samples += data
+        latest[:] = data
+        due_s = max(due_s + INTERVAL_S, now_s)
+        pause_s = max(0.0, due_s - time.monotonic())
+        if select.select([sys.stdin], [], [], pause_s)[0]:
+            break
+    Path(output).write_bytes(samples)
 
 
 if __name__ == "__main__":

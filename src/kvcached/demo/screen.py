@@ -53,7 +53,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         elapsed = time.monotonic() - self._started_s
-        self.console.print(f"[dim]{elapsed:6.1f} s[/dim]  {text}", highlight=False)
+        self.console.print(f"[dim]{elapsed:6.1f} s[/dim]  {text}", highlight=False, soft_wrap=True)
 
     def observe(self, result: Result, event: str) -> None:
         """Counts an event of the load generator."""

@@ -21,6 +21,7 @@ import httpx
 
 from kvcached.config import child_environment
 from kvcached.demo.models import Model
+from kvcached.demo.processes import session_processes
 from kvcached.errors import KvcachedError
 
 START_LIMIT_S = 240.0
@@ -166,22 +167,6 @@ def wait_healthy(engines: Sequence[EngineProcess], progress: Callable[[str], Non
                 f"its log {late.spec.log} ends with:\n{late.log_tail()}"
             )
         time.sleep(0.25)
-
-
-def session_processes(session: int) -> list[int]:
-    """The live processes of a session (field 6 of /proc/PID/stat; zombies are left out)."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        try:
-            with open(f"/proc/{entry}/stat", "rb") as stream:
-                fields = stream.read().rpartition(b")")[2].split()
-        except OSError:
-            continue  # it ended meanwhile
-        if fields[0] != b"Z" and int(fields[3]) == session:
-            found.append(int(entry))
-    return found
 
 
 def _free_port() -> int:

@@ -41,7 +41,7 @@ def run_session(
         with Sampler([engine.session for engine in engines], samples_file) as sampler:
             ledger = _ledger_reader(setup, options)
             sources = _sources(setup, options, session.engines, sampler, ledger)
-            session.ledger_before = ledger.read() if ledger else None
+            session.ledger_before = ledger.read_or_none() if ledger else None
             for run in range(runs):
                 _reset(engines)
                 session.runs.append(
@@ -50,12 +50,12 @@ def run_session(
                         for p in PHASES
                     ]
                 )
-            session.ledger_loaded = ledger.read() if ledger else None
+            session.ledger_loaded = ledger.read_or_none() if ledger else None
             if alone:
                 session.alone_tokens_per_s = _alone(engines, targets, load, options, screen)
             _reset(engines)
             session.physical_after = _settled(sampler)
-            session.ledger_after = ledger.read() if ledger else None
+            session.ledger_after = ledger.read_or_none() if ledger else None
             if before_stop:
                 before_stop(session, targets)
             session.samples = sampler.stop()
@@ -81,7 +81,7 @@ def _sources(
         budget_bytes=options.budget_bytes,
         static_bytes=shares.get(setup.name),
         sample=sampler.latest,
-        ledger=ledger.read if ledger else lambda: None,
+        ledger=ledger.read_or_none if ledger else lambda: None,
     )
 
 

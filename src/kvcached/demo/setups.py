@@ -19,7 +19,7 @@ from kvcached.units import MIB
 
 BLOCK_TOKENS = 32
 MAX_MODEL_TOKENS = 1024
-DEFAULT_BUDGET = 256 * MIB
+DEFAULT_BUDGET = 224 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Options:
     fast: bool = False
     shape: LoadShape = LoadShape()
     overhead_pairs: int = 1
-    overhead_requests: int = 24
+    overhead_requests: int = 12  # fit half of the budget, so that only speed counts
 
     @property
     def device(self) -> str:

@@ -44,17 +44,18 @@ class Request:
 class LoadShape:
     """How the trace becomes a load: counts, scaling and clamps (lengths in tokens)."""
 
-    burst_a: int = 40
+    burst_a: int = 42
     burst_b: int = 114
-    both_each: int = 24
-    burst_span_s: float = 5.0
-    both_span_s: float = 8.0
+    both_each: int = 28
+    burst_a_span_s: float = 11.0
+    burst_b_span_s: float = 6.0
+    both_span_s: float = 9.0
     prompt_divisor: float = 8.0
     prompt_min: int = 64
     prompt_max: int = 256
-    output_divisor: float = 4.0
-    output_min: int = 24
-    output_max: int = 64
+    output_divisor: float = 3.0
+    output_min: int = 32
+    output_max: int = 72
     shared_prefix: int = 32
     seed: int = 11
 
@@ -95,8 +96,8 @@ def make_load(shape: LoadShape, models: dict[str, Model]) -> list[Request]:
     }
     load: list[Request] = []
     plan = (
-        ("burst-a", ("A",), shape.burst_a, shape.burst_span_s),
-        ("burst-b", ("B",), shape.burst_b, shape.burst_span_s),
+        ("burst-a", ("A",), shape.burst_a, shape.burst_a_span_s),
+        ("burst-b", ("B",), shape.burst_b, shape.burst_b_span_s),
         ("both", ("A", "B"), 2 * shape.both_each, shape.both_span_s),
     )
     for phase, engines, count, span_s in plan:

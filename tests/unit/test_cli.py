@@ -1,0 +1,38 @@
+"""The command line: version, help, and errors of ours as one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import kvcached
+
+
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvcached.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment or None)
+
+
+def test_version() -> None:
+    done = _run("--version")
+    assert (done.returncode, done.stdout) == (0, f"kvcached {kvcached.__version__}\n")
+
+
+def test_help_has_examples() -> None:
+    for command in ("demo", "list"):
+        done = _run(command, "--help")
+        assert done.returncode == 0
+        assert "Examples" in done.stdout and f"kvcached {command}" in done.stdout
+
+
+def test_a_wrong_size_is_one_line() -> None:
+    done = _run("demo", "--budget", "much")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "--budget" in done.stderr and "much" in done.stderr
+
+
+def test_a_wrong_variable_is_one_line(tmp_path: Path) -> None:
+    done = _run("list", KVCACHED_DEVICE="host:", PATH="/usr/bin")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "KVCACHED_DEVICE" in done.stderr
