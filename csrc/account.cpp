@@ -137,6 +137,14 @@ void AccountHandle::set_ready(bool ready) {
   if (usable()) row().scheduler.ready.store(ready ? 1 : 0);
 }
 
+void AccountHandle::describe(int64_t block_bytes, int64_t block_tokens, int64_t page_bytes) {
+  if (!usable()) return;
+  layout::Geometry& geometry = row().geometry;
+  geometry.block_tokens.store(block_tokens);
+  geometry.page_bytes.store(page_bytes);
+  geometry.block_bytes.store(block_bytes);  // last: readers wait for it
+}
+
 void AccountHandle::count_reclaimed(int64_t size_bytes) {
   if (usable()) add(row().counters.reclaimed, size_bytes);
 }

@@ -43,6 +43,7 @@ class AccountHandle {
   void set_demand(int64_t size_bytes);
   void publish(int64_t in_use, int64_t cached, int64_t warm);
   void set_ready(bool ready);
+  void describe(int64_t block_bytes, int64_t block_tokens, int64_t page_bytes);
   void count_reclaimed(int64_t size_bytes);
   void close();
   bool usable() const { return !closed_.load(std::memory_order_relaxed) && segment_->usable(); }

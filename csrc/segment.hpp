@@ -36,6 +36,7 @@ struct AccountView {
   double weight;
   int64_t leased, created, charge, in_use, cached, warm, demand;
   int64_t granted, refused, reclaimed, lock_timeouts;
+  int64_t block_bytes, block_tokens, page_bytes, ceiling;
   std::vector<MemberView> members;
 };
 
@@ -120,7 +121,7 @@ class Segment {
   std::string path_, device_;
   bool read_only_ = false;
   std::atomic<bool> closed_{true};  // until open() is through
-  Mapping mapping_;                 // outlives close(): another thread may be reading
+  FileMapping mapping_;             // outlives close(): another thread may be reading
   Liveness liveness_;
   mutable SegmentLock lock_;
 };

@@ -198,11 +198,11 @@ std::string ledger_file_name(const std::string& device) {
   return "ledger-" + slug;
 }
 
-Mapping::~Mapping() {
+FileMapping::~FileMapping() {
   if (shared_ != nullptr) munmap(shared_, sizeof(Shared));
 }
 
-int Mapping::map(int fd, bool writable) {
+int FileMapping::map(int fd, bool writable) {
   int protection = PROT_READ | (writable ? PROT_WRITE : 0);
   void* address = mmap(nullptr, sizeof(Shared), protection, MAP_SHARED, fd, 0);
   if (address == MAP_FAILED) return errno;
@@ -220,7 +220,7 @@ Status check_not_cut(int fd, const std::string& path) {
                                 versions(layout::kVersion) + ")");
 }
 
-Status open_ledger_file(const OpenRequest& request, Liveness& liveness, Mapping& mapping) {
+Status open_ledger_file(const OpenRequest& request, Liveness& liveness, FileMapping& mapping) {
   if (Status status = check_request(request); !status) return status;
   std::string folder = request.directory;
   while (folder.size() > 1 && folder.back() == '/') folder.pop_back();  // it would follow a link

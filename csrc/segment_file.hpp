@@ -24,12 +24,12 @@ struct OpenRequest {
 std::string ledger_file_name(const std::string& device);
 
 // The mapped file. Forked children do not get it; it goes away with this object.
-class Mapping {
+class FileMapping {
  public:
-  Mapping() = default;
-  ~Mapping();
-  Mapping(const Mapping&) = delete;
-  Mapping& operator=(const Mapping&) = delete;
+  FileMapping() = default;
+  ~FileMapping();
+  FileMapping(const FileMapping&) = delete;
+  FileMapping& operator=(const FileMapping&) = delete;
 
   int map(int fd, bool writable);  // 0 or the errno
   // In a forked child there is nothing behind the address: never touch it, and never unmap it.
@@ -43,7 +43,7 @@ class Mapping {
 // Opens the ledger of `request.device`, creating it if asked, checks all of it and maps it.
 // `liveness` gets a descriptor of its own, opened first: memory that is charged here should come
 // from descriptors that are numbered above it, so that at death its locks drop after that memory.
-Status open_ledger_file(const OpenRequest& request, Liveness& liveness, Mapping& mapping);
+Status open_ledger_file(const OpenRequest& request, Liveness& liveness, FileMapping& mapping);
 
 // Checks that the open file still has its full size: touching pages cut off would be a SIGBUS.
 // Every operation but the hot ones (a granted lease, created, released, publish) asks first. What

@@ -128,11 +128,19 @@ struct alignas(kLine) Counters {
   I64 lock_timeouts;
 };
 
+// Written by the account's owner, once: what its blocks are, so that others can say what fits.
+struct alignas(kLine) Geometry {
+  I64 block_bytes;
+  I64 block_tokens;
+  I64 page_bytes;
+};
+
 struct Account {
   AccountName name;
   AccountSettings settings;
   Scheduler scheduler;
   Counters counters;
+  Geometry geometry;
   Member members[kMaxMembers];
 };
 
@@ -151,9 +159,10 @@ static_assert(sizeof(Header) == 576);
 static_assert(sizeof(Member) == kLine && offsetof(Member, created) == 8);
 static_assert(sizeof(AccountName) == 2 * kLine && offsetof(AccountName, instance) == 16);
 static_assert(sizeof(AccountSettings) == kLine && sizeof(Counters) == kLine);
+static_assert(sizeof(Geometry) == kLine && offsetof(Account, geometry) == 320);
 static_assert(sizeof(Scheduler) == kLine && offsetof(Scheduler, leased) == 8);
-static_assert(offsetof(Account, scheduler) == 192 && offsetof(Account, members) == 320);
-static_assert(sizeof(Account) == 1344 && sizeof(Shared) == 576 + 64 * 1344);
+static_assert(offsetof(Account, scheduler) == 192 && offsetof(Account, members) == 384);
+static_assert(sizeof(Account) == 1408 && sizeof(Shared) == 576 + 64 * 1408);
 
 // Locks of the file's bytes tell who lives. They lie far beyond the contents: a byte for each
 // account's owner, for each member, and a slot for each open handle that may take the lock.

@@ -50,6 +50,7 @@ Status Segment::find_or_create(const std::string& instance, const std::string& n
                                &row.counters.reclaimed, &row.counters.lock_timeouts}) {
     *counter = 0;
   }
+  row.geometry.block_bytes = row.geometry.block_tokens = row.geometry.page_bytes = 0;
   for (Member& member : row.members) {
     member.state = 0;
     member.created = 0;

@@ -37,6 +37,10 @@ AccountView Segment::view_account(uint32_t index) const {
   view.refused = charges::load(row.counters.refused);
   view.reclaimed = charges::load(row.counters.reclaimed);
   view.lock_timeouts = charges::load(row.counters.lock_timeouts);
+  view.block_bytes = charges::load(row.geometry.block_bytes);
+  view.block_tokens = charges::load(row.geometry.block_tokens);
+  view.page_bytes = charges::load(row.geometry.page_bytes);
+  view.ceiling = charges::ceiling(shared(), index);
   for (uint32_t i = 0, n = charges::member_rows(row); i < n; ++i) {
     const layout::Member& member = row.members[i];
     if (!charges::used(member.state)) continue;

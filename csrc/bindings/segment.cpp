@@ -87,6 +87,10 @@ py::dict account_dict(const AccountView& view) {
   out["refused"] = view.refused;
   out["reclaimed"] = view.reclaimed;
   out["lock_timeouts"] = view.lock_timeouts;
+  out["block_bytes"] = view.block_bytes;
+  out["block_tokens"] = view.block_tokens;
+  out["page_bytes"] = view.page_bytes;
+  out["ceiling"] = view.ceiling;
   py::list members;
   for (const MemberView& member : view.members) members.append(member_dict(member));
   out["members"] = members;
@@ -227,6 +231,7 @@ void bind_account(py::module_& module) {
            [](AccountHandle& account, int64_t size) { account.set_demand(checked(size)); })
       .def("publish", &AccountHandle::publish)
       .def("set_ready", &AccountHandle::set_ready)
+      .def("describe", &AccountHandle::describe)
       .def("count_reclaimed", &AccountHandle::count_reclaimed)
       .def_property_readonly("usable", &AccountHandle::usable)
       .def("close", &AccountHandle::close, NoGil());

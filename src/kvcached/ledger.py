@@ -223,6 +223,10 @@ class Account:
         """Tells tools that the engine serves now."""
         self.core.set_ready(ready)
 
+    def describe(self, block_bytes: int, block_tokens: int, page_bytes: int) -> None:
+        """Says what the account's blocks and pages are, so that others can tell what fits."""
+        self.core.describe(block_bytes, block_tokens, page_bytes)
+
     def count_reclaimed(self, size_bytes: int) -> None:
         """Counts bytes that were given back under pressure."""
         self.core.count_reclaimed(size_bytes)

@@ -57,6 +57,12 @@ class AccountSnapshot:
     """Bytes given back under pressure so far."""
     lock_timeouts: int
     """Leases that failed because a live process held the ledger's lock."""
+    block_bytes: int
+    """One block, all layers, K and V; 0 until the engine has said it."""
+    block_tokens: int
+    page_bytes: int
+    ceiling: int
+    """The most bytes that the account can ever hold under today's settings."""
     members: tuple[MemberSnapshot, ...]
 
     @property

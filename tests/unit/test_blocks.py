@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvcached.errors import InvalidArgumentError
-from kvcached.vmm_ops import Blocks, BlockQueue
+from kvcached.vmm_ops import BlockQueue, Blocks
 
 
 def grown(num_blocks: int = 64, blocks_per_page: int = 4, pages: int = 15) -> Blocks:
@@ -56,7 +56,7 @@ def test_bad_free_names_the_block_and_changes_nothing(ids: list[int], named: str
 
 def test_free_of_a_block_whose_page_is_not_mapped() -> None:
     blocks = Blocks(64, 4)
-    with pytest.raises(InvalidArgumentError, match="block 63.*not mapped"):
+    with pytest.raises(InvalidArgumentError, match=r"block 63.*not mapped"):
         blocks.free([63])
 
 

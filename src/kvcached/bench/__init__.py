@@ -1,0 +1,1 @@
+"""Benchmarks behind ``kvcached bench``: a room of its own that may import everything."""

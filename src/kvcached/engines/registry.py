@@ -1,0 +1,38 @@
+"""Which adapter serves which version of which engine: data, and the look-up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from kvcached.errors import UnsupportedEngineError
+
+OFF = "Unset ENABLE_KVCACHED to run the engine without kvcached."
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """Versions of an engine, and the module whose ``seams()`` fit them."""
+
+    engine: str
+    versions: SpecifierSet
+    module: str
+
+
+SUPPORTED = (Support("vllm", SpecifierSet("~=0.32.0"), "kvcached.engines.vllm.v0_32"),)
+
+
+def find(engine: str, version: str) -> str:
+    """The adapter module for a version; raises UnsupportedEngineError naming what is supported."""
+    # A local label such as +cpu says how it was built, not what its code is.
+    release = Version(version).public
+    for support in SUPPORTED:
+        if support.engine == engine and support.versions.contains(release, prereleases=True):
+            return support.module
+    known = ", ".join(str(s.versions) for s in SUPPORTED if s.engine == engine)
+    raise UnsupportedEngineError(
+        f"kvcached is switched on, but {engine} {version} is not supported; "
+        f"supported: {known}. {OFF}"
+    )

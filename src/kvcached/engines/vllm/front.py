@@ -1,0 +1,127 @@
+"""The front end's part: what the engine is built from, and requests that can never fit."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvcached import watch
+from kvcached.config import Config
+from kvcached.engines.registry import OFF
+from kvcached.engines.vllm import classes, device, identity
+from kvcached.errors import EngineError, RequestTooLargeError
+from kvcached.ledger import Ledger
+from kvcached.units import ceil_div, format_size
+
+logger = logging.getLogger(__name__)
+
+# vLLM answers the requests in flight with an error when its engine dies; it gets this long.
+FAREWELL_S = 0.5
+
+
+def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
+    """Makes a finished configuration build elastic classes.
+
+    The classes are those that vLLM resolved, subclassed: naming ours before it resolves them
+    would bypass its own choices (asynchronous scheduling, fall-backs).
+    """
+    _refuse_unsupported(vllm_config)
+    who = identity.assign(vllm_config, config)
+    parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config
+    parallel.worker_cls = classes.qualified_name("worker", parallel.worker_cls)
+    scheduling.scheduler_cls = classes.qualified_name("scheduler", scheduling.get_scheduler_cls())
+    ledger = device.open_ledger(config)
+    cache = vllm_config.cache_config
+    if cache.kv_cache_memory_bytes is None:
+        cache.kv_cache_memory_bytes = config.virtual_bytes or ledger.capacity
+    if serves:
+        follow_engine(ledger, who.instance)
+
+
+def _refuse_unsupported(vllm_config: Any) -> None:
+    parallel = vllm_config.parallel_config
+    for what, wrong in {
+        "KV transfer (connectors, disaggregation, offload)": vllm_config.kv_transfer_config,
+        "tensor parallelism": parallel.tensor_parallel_size > 1,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
+        "speculative decoding": vllm_config.speculative_config,
+    }.items():
+        if wrong:
+            raise EngineError(f"kvcached does not support {what} yet. {OFF}")
+
+
+def wrap_create_engine_config(config: Config) -> Callable[[Any], Any]:
+    """The seam where vLLM turns arguments into a configuration."""
+
+    def replace(original: Any) -> Any:
+        @functools.wraps(original)
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            from vllm.usage.usage_lib import UsageContext
+
+            vllm_config = original(self, *args, **kwargs)
+            context = args[0] if args else kwargs.get("usage_context")
+            take_hold(vllm_config, config, serves=context == UsageContext.OPENAI_API_SERVER)
+            return vllm_config
+
+        return create_engine_config
+
+    return replace
+
+
+def follow_engine(ledger: Ledger, instance: str) -> None:
+    """Ends this server soon after its engine process has ended."""
+
+    def run() -> None:
+        while True:
+            account = ledger.snapshot().account(instance)
+            if account is not None and account.owner_pid is not None:
+                watch.end_with([account.owner_pid], grace_s=FAREWELL_S)
+                return
+            time.sleep(0.1)
+
+    threading.Thread(target=run, name="kvcached-follow", daemon=True).start()
+
+
+def wrap_process_inputs(config: Config) -> Callable[[Any], Any]:
+    """The seam where the front end has a request's token ids: it answers at once, with both
+    numbers, what the engine could only let wait for ever.
+    """
+
+    def replace(original: Any) -> Any:
+        ledger: Ledger | None = None
+
+        @functools.wraps(original)
+        def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal ledger
+            request = original(self, *args, **kwargs)
+            if ledger is None:
+                ledger = device.open_ledger(config)
+            check_fits(ledger, identity.of(self.vllm_config).instance, request.prompt_token_ids)
+            return request
+
+        return process_inputs
+
+    return replace
+
+
+def check_fits(ledger: Ledger, instance: str, prompt: Sequence[int] | None) -> None:
+    """Raises RequestTooLargeError if a prompt (token ids) can never fit the instance."""
+    tokens = len(prompt or ())
+    account = ledger.snapshot().account(instance)
+    if account is None or not account.block_bytes:
+        return
+    blocks = ceil_div(tokens + 1, account.block_tokens)  # at least one token is generated
+    in_page = account.page_bytes // account.block_bytes
+    most = account.ceiling // account.page_bytes * in_page - 1
+    if blocks <= most:
+        return
+    raise RequestTooLargeError(
+        f"This request needs {blocks} blocks of KV cache ({tokens} prompt tokens, "
+        f"{format_size(blocks * account.block_bytes)}), but {account.name} can get at most {most} "
+        f"blocks ({most * account.block_tokens} tokens, {format_size(most * account.block_bytes)})."
+    )

@@ -1,0 +1,107 @@
+"""Reaching an engine that is idle, or in another process: pressure, empty steps, deaths.
+
+The engine's own loop does the work; a foreign thread only wakes it, with a message that the loop
+already understands.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Any
+
+from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.request import RequestStatus
+
+from kvcached import watch
+from kvcached.engines.vllm import identity
+from kvcached.engines.vllm.scheduler import ElasticScheduler
+from kvcached.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 5.0  # how often an idle engine looks for dead instances
+
+
+def attach(engine: Any) -> None:
+    """Follows one ``EngineCore`` from now on; called when it is built."""
+    scheduler = engine.scheduler
+    if not isinstance(scheduler, ElasticScheduler):
+        raise EngineError(
+            f"kvcached: vLLM built {type(scheduler).__qualname__} instead of an elastic scheduler"
+        )
+    if hasattr(engine, "input_queue"):
+        watch.end_with_parent()
+        watch.end_with(_worker_pids(engine, scheduler))
+        wake = _wake_by_message(engine)
+    else:
+        wake = _share_step(engine, scheduler)
+    scheduler.account.set_ready()
+    threading.Thread(
+        target=_follow_pressure, args=(scheduler, wake), name="kvcached-pressure", daemon=True
+    ).start()
+
+
+def _worker_pids(engine: Any, scheduler: ElasticScheduler) -> list[int]:
+    account = scheduler.ledger.snapshot().account(identity.of(engine.vllm_config).instance)
+    return [] if account is None else [m.pid for m in account.members if m.pid != os.getpid()]
+
+
+def _follow_pressure(scheduler: ElasticScheduler, wake: Any) -> None:
+    account, ledger = scheduler.account, scheduler.ledger
+    seen = account.pressure_seq
+    while ledger.core.usable:
+        now = account.wait_pressure(seen, TICK_S)
+        if now == seen:
+            ledger.reap()
+        elif account.others_demand() > 0:
+            wake()
+        seen = now
+
+
+def _wake_by_message(engine: Any) -> Any:
+    """An empty abort reaches ``Scheduler.finish_requests`` on the engine's own thread."""
+
+    def wake() -> None:
+        engine.input_queue.put_nowait((EngineCoreRequestType.ABORT, []))
+
+    return wake
+
+
+def _share_step(engine: Any, scheduler: ElasticScheduler) -> Any:
+    """An in-process engine has no loop: its caller steps it. A lock is shared with the step, and
+    a step that leaves commands behind is followed by an empty one that carries them.
+    """
+    lock = threading.RLock()
+    step = engine.step_fn
+
+    def flush() -> None:
+        while scheduler.pages.has_commands() and scheduler.get_num_unfinished_requests() == 0:  # type: ignore[attr-defined]
+            step()
+
+    def locked_step() -> Any:
+        with lock:
+            result = step()
+            flush()
+            return result
+
+    reset = engine.reset_prefix_cache
+
+    def locked_reset(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            done = reset(*args, **kwargs)
+            flush()
+            return done
+
+    engine.step_fn = locked_step
+    engine.reset_prefix_cache = locked_reset
+
+    def wake() -> None:
+        with lock:
+            # With requests under way the caller is stepping, and each step gives back by itself.
+            if scheduler.get_num_unfinished_requests() == 0:  # type: ignore[attr-defined]
+                scheduler.finish_requests([], RequestStatus.FINISHED_ABORTED)
+                flush()
+
+    return wake

@@ -1,0 +1,38 @@
+"""Taking hold of the vLLM that is being imported in this process."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+
+import vllm
+
+from kvcached.config import Config
+from kvcached.engines import base, registry
+
+logger = logging.getLogger(__name__)
+
+_installation: base.Installation | None = None
+
+
+def install(config: Config) -> base.Installation:
+    """Installs the adapter for the running version; a second call changes nothing.
+
+    Raises UnsupportedEngineError for a version without an adapter, EngineError for a missing
+    seam, and whatever the import of the core raises: the engine must not start as if all were well.
+    """
+    global _installation
+    if _installation is None:
+        adapter = importlib.import_module(registry.find("vllm", vllm.__version__))
+        importlib.import_module("kvcached.vmm_ops")  # a core that does not load fails here, early
+        _installation = base.install(adapter.seams(config))
+        logger.info("kvcached: took hold of vLLM %s", vllm.__version__)
+    return _installation
+
+
+def uninstall() -> None:
+    """Puts every replaced attribute of vLLM back; engines that exist keep what they have."""
+    global _installation
+    if _installation is not None:
+        _installation.uninstall()
+        _installation = None

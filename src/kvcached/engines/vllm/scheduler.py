@@ -1,0 +1,209 @@
+"""vLLM's scheduler with elastic pages under it (vLLM 0.32)."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Any
+
+from vllm.v1.core import kv_cache_coordinator
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.request import RequestStatus
+
+from kvcached.config import Config
+from kvcached.engines.base import substituted
+from kvcached.engines.vllm import device, geometry, identity
+from kvcached.engines.vllm.pool import ElasticBlockPool, ElasticKVCacheManager
+from kvcached.errors import EngineError
+from kvcached.pages import PagePool
+from kvcached.units import ceil_div, format_size
+from kvcached.vmm_ops import Blocks
+
+logger = logging.getLogger(__name__)
+
+# An engine that can only wait sleeps on the ledger; at most so long, for its clients' messages.
+WAIT_S = 0.05
+
+
+class ElasticScheduler:
+    """What kvcached adds to a scheduler class of vLLM; mixed in before it by ``elastic``.
+
+    Every method runs on the scheduler's own thread.
+    """
+
+    kv_cache_manager: Any
+    running: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+        cache_config = kwargs["kv_cache_config"] if "kv_cache_config" in kwargs else args[1]
+        with (
+            substituted(kv_cache_coordinator, BlockPool=ElasticBlockPool),
+            substituted(_scheduler_module(type(self)), KVCacheManager=ElasticKVCacheManager),
+        ):
+            super().__init__(*args, **kwargs)
+        manager = self.kv_cache_manager
+        pool = manager.block_pool
+        if not isinstance(manager, ElasticKVCacheManager) or not isinstance(pool, ElasticBlockPool):
+            raise EngineError("kvcached: vLLM built its KV-cache manager from other classes")
+
+        config = Config.from_env()
+        who = identity.of(vllm_config)
+        self.ledger = device.open_ledger(config)
+        shape = geometry.of(cache_config, device.granularity(), config.page_bytes)
+        self.account = self.ledger.join(who.instance, who.name, shape.page_bytes)
+        self._apply_settings(config, who.instance)
+        self.account.describe(shape.block_bytes, shape.block_tokens, shape.page_bytes)
+        self.pages = PagePool(
+            Blocks(shape.num_blocks, shape.blocks_per_page),
+            self.account,
+            shape.page_bytes,
+            warm_low=config.warm_low,
+            warm_high=config.warm_high,
+            on_evict=pool.forget,
+        )
+        pool.bind(self.pages)
+        manager.on_shortage = self._note_shortage
+        self._name = who.name
+        self._shape = shape
+        self._short = False
+        self._hopeless: dict[str, int] = {}  # request id -> client index: can never fit
+        logger.info(
+            "kvcached: %s on %s: %d blocks of %s, pages of %s, capacity %s",
+            who.name,
+            self.ledger.device,
+            shape.num_blocks,
+            format_size(shape.block_bytes),
+            format_size(shape.page_bytes),
+            format_size(self.ledger.capacity),
+        )
+
+    # --- vLLM's methods
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self.pages.relieve()
+        freed = self.account.freed_seq
+        self._short = False
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        if not self._short:
+            self.account.set_demand(0)
+        self._settle()
+        commands = self.pages.take_commands()
+        output.kvcached_commands = commands
+        if self._short and commands is None and self._can_only_wait(output):
+            self.account.wait_freed(freed, WAIT_S)
+        return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+        if self._hopeless:
+            outputs = self._fail_hopeless(outputs)
+        self._settle()
+        return outputs
+
+    def add_request(self, request: Any) -> None:
+        super().add_request(request)  # type: ignore[misc]
+        self._check_fits(request, ceil_div(request.num_tokens, self._shape.block_tokens))
+
+    def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
+        finished = super().finish_requests(*args, **kwargs)  # type: ignore[misc]
+        # Also the way in for pressure from others: an empty abort wakes an idle engine to here.
+        self.pages.relieve()
+        self._settle()
+        return finished
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> Any:
+        done = super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
+        self._settle()
+        return done
+
+    def has_requests(self) -> bool:
+        # Commands must leave: an idle engine makes an empty step that carries them.
+        return bool(
+            super().has_requests()  # type: ignore[misc]
+            or self.pages.has_commands()
+            or self._hopeless
+        )
+
+    def shutdown(self) -> None:
+        super().shutdown()  # type: ignore[misc]
+        self.account.close()
+        self.ledger.close()
+
+    # --- ours
+
+    def _apply_settings(self, config: Config, instance: str) -> None:
+        capacity = self.ledger.capacity
+        if config.limit is not None:
+            self.ledger.set_limit(instance, config.limit.of(capacity))
+        if guarantee := config.guarantee.of(capacity):
+            self.ledger.set_guarantee(instance, guarantee)
+        if config.weight != 1.0:
+            self.ledger.set_weight(instance, config.weight)
+
+    def _settle(self) -> None:
+        self.pages.settle(idle=self.pages.blocks.used_blocks <= 1)
+        self.pages.publish()
+
+    def _can_only_wait(self, output: Any) -> bool:
+        return output.total_num_scheduled_tokens == 0 and not self.running
+
+    def _note_shortage(self, request: Any, needed: int) -> None:
+        self._short = True
+        held = sum(
+            len(manager.req_to_blocks.get(request.request_id, ()))
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+        )
+        self._check_fits(request, needed + held)
+
+    def _check_fits(self, request: Any, blocks: int) -> None:
+        most = self.most_blocks()
+        if blocks <= most or request.request_id in self._hopeless:
+            return
+        tokens = self._shape.block_tokens
+        logger.error(
+            "kvcached: request %s needs %d blocks (%d tokens, %s) of KV cache, and %s can get at "
+            "most %d blocks (%d tokens, %s): it fails",
+            request.request_id,
+            blocks,
+            blocks * tokens,
+            format_size(blocks * self._shape.block_bytes),
+            self._name,
+            most,
+            most * tokens,
+            format_size(most * self._shape.block_bytes),
+        )
+        self._hopeless[request.request_id] = request.client_index
+
+    def most_blocks(self) -> int:
+        """The blocks that this instance could have if the others kept only what is theirs."""
+        pages = self.account.ceiling() // self.pages.page_bytes
+        return min(pages * self._shape.blocks_per_page, self._shape.num_blocks) - 1
+
+    def _fail_hopeless(self, outputs: Any) -> Any:
+        failed = dict(self._hopeless)
+        self._hopeless.clear()
+        finished = super().finish_requests(list(failed), RequestStatus.FINISHED_ERROR)  # type: ignore[misc]
+        for request in finished:
+            batch = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            batch.outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=FinishReason.ERROR,
+                )
+            )
+        return outputs
+
+
+def _scheduler_module(cls: type) -> Any:
+    """The module whose name KVCacheManager vLLM's Scheduler uses."""
+    for base in cls.__mro__:
+        if base.__name__ == "Scheduler" and base.__module__.startswith("vllm."):
+            return importlib.import_module(base.__module__)
+    raise EngineError(f"kvcached: {cls.__mro__[1].__qualname__} is no subclass of vLLM's Scheduler")
+
+
+def elastic(base: type) -> type:
+    """The elastic subclass of a scheduler class."""
+    return type(f"Elastic{base.__name__}", (ElasticScheduler, base), {})

@@ -1,0 +1,215 @@
+"""The scheduler's half: which pages an instance has, and when they come and go.
+
+A page pool joins the block allocator of the core (which blocks lie on which page) with the
+instance's account in the ledger (how many bytes it may create). It decides; it maps nothing.
+Its decisions leave as commands, which the engine carries to the processes that map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvcached.errors import ConfigError, KvcachedError
+from kvcached.units import ceil_div
+from kvcached.vmm_ops import Blocks
+
+
+class Lender(Protocol):
+    """What a page pool needs of an account in the ledger; see ``kvcached.ledger.Account``."""
+
+    def lease(self, size_bytes: int) -> bool: ...
+    def give_back(self, size_bytes: int) -> None: ...
+    def leasable(self) -> int: ...
+    def set_demand(self, size_bytes: int) -> None: ...
+    def publish(self, in_use: int, cached: int, warm: int) -> None: ...
+    def others_demand(self) -> int: ...
+    def count_reclaimed(self, size_bytes: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """What the mapping processes must do before the next step: first unmap, then map (page ids)."""
+
+    unmap: tuple[int, ...]
+    map: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class PageCounters:
+    """Events since the pool was made; plain numbers for logs and statistics."""
+
+    mapped: int = 0
+    unmapped: int = 0
+    cancelled: int = 0  # wanted again before the command left
+    refused: int = 0  # leases refused while blocks were missing
+    reclaimed: int = 0  # pages given back because others wanted memory
+    evicted_blocks: int = 0  # cached blocks lost to that
+
+
+class PagePool:
+    """The pages under one instance's blocks. Not thread-safe: it belongs to the scheduler.
+
+    ``page_bytes`` is what one page costs on the device: all regions, all processes that map it.
+    ``on_evict`` is told the ids of cached blocks whose contents are lost with a reclaimed page.
+    The page of block 0 counts as leased and mapped from the start (the member pins it).
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        account: Lender,
+        page_bytes: int,
+        *,
+        warm_low: int,
+        warm_high: int,
+        on_evict: Callable[[Sequence[int]], None],
+    ) -> None:
+        if not 0 <= warm_low <= warm_high:
+            raise ConfigError(f"warm pages: low={warm_low} must be between 0 and high={warm_high}")
+        self.blocks = blocks
+        self.page_bytes = page_bytes
+        self.counters = PageCounters()
+        self._account = account
+        self._warm_low = warm_low
+        self._warm_high = warm_high
+        self._on_evict = on_evict
+        # Both keep insertion order, and neither command has left yet.
+        self._to_map: dict[int, None] = {}
+        self._to_unmap: dict[int, None] = {}
+
+    # --- growing
+
+    def ensure(self, count: int) -> bool:
+        """Makes ``count`` blocks available, cached ones included, or changes nothing.
+
+        On a shortage the missing bytes become the account's demand, which wakes the others.
+        """
+        missing = count - self.blocks.available()
+        if missing <= 0:
+            return True
+        pages = ceil_div(missing, self.blocks.blocks_per_page)
+        if self._grow(pages):
+            return True
+        if pages <= self._absent():
+            self.counters.refused += 1
+            self._account.set_demand(max(1, pages - len(self._to_unmap)) * self.page_bytes)
+        return False
+
+    def prefer_growth(self, count: int) -> None:
+        """Grows, as far as leases are granted at once, so that ``count`` blocks are free.
+
+        Without it, handing out blocks would evict cached ones while memory lies idle. It raises
+        no demand: the blocks are available anyway.
+        """
+        missing = count - self.blocks.free_blocks
+        if missing <= 0 or self._account.others_demand() > 0:
+            return  # who waits for memory goes before who can do without
+        pages = min(ceil_div(missing, self.blocks.blocks_per_page), self._absent())
+        affordable = len(self._to_unmap) + self._account.leasable() // self.page_bytes
+        pages = min(pages, affordable)
+        if pages > 0:
+            self._grow(pages)
+
+    def _absent(self) -> int:
+        return self.blocks.num_pages - self.blocks.present_pages
+
+    def _grow(self, pages: int) -> bool:
+        if pages > self._absent():
+            return False
+        kept = list(self._to_unmap)[-pages:]
+        fresh = pages - len(kept)
+        if fresh and not self._account.lease(fresh * self.page_bytes):
+            return False
+        # Pages whose unmap has not left are still mapped and leased: they are simply kept. All
+        # of them come back before the allocator may choose, so it cannot choose one of them.
+        for page in kept:
+            del self._to_unmap[page]
+            self.blocks.add_page(page)
+        self.counters.cancelled += len(kept)
+        if fresh:
+            for page in self.blocks.grow(fresh):
+                self._to_map[page] = None
+        return True
+
+    # --- giving back
+
+    def settle(self, idle: bool) -> None:
+        """Gives up warm pages above the watermark: the high one while busy, the low one idle."""
+        keep = self._warm_low if idle else self._warm_high
+        excess = self.blocks.empty_pages - keep
+        if excess > 0:
+            self._drop(self.blocks.shrink(excess))
+
+    def relieve(self) -> int:
+        """Gives back what others want and cannot lease: warm pages, then whole unused pages of
+        cached blocks, longest unused first. Returns the bytes given back.
+        """
+        demand = self._account.others_demand()
+        if demand <= 0:
+            return 0
+        coming = self._account.leasable() + len(self._to_unmap) * self.page_bytes
+        wanted = demand - coming
+        if wanted <= 0:
+            return 0
+        return self.give_up(ceil_div(wanted, self.page_bytes)) * self.page_bytes
+
+    def give_up(self, pages: int) -> int:
+        """Gives up to ``pages`` warm or unused cached pages; returns how many."""
+        dropped = self.blocks.shrink(pages)
+        if len(dropped) < pages:
+            more, evicted = self.blocks.reclaim(pages - len(dropped))
+            if evicted:
+                self.counters.evicted_blocks += len(evicted)
+                self._on_evict(evicted)
+            dropped += more
+        self._drop(dropped)
+        if dropped:
+            self.counters.reclaimed += len(dropped)
+            self._account.count_reclaimed(len(dropped) * self.page_bytes)
+        return len(dropped)
+
+    def _drop(self, pages: Sequence[int]) -> None:
+        never_created = 0
+        for page in pages:
+            if page in self._to_map:
+                del self._to_map[page]
+                never_created += 1
+            else:
+                self._to_unmap[page] = None
+        if never_created:
+            self.counters.cancelled += never_created
+            self._account.give_back(never_created * self.page_bytes)
+
+    # --- leaving
+
+    def has_commands(self) -> bool:
+        """Whether commands wait to be carried to the processes that map."""
+        return bool(self._to_map or self._to_unmap)
+
+    def take_commands(self) -> Commands | None:
+        """The waiting commands, handed over: the caller must carry them, in order."""
+        if not self.has_commands():
+            return None
+        commands = Commands(unmap=tuple(self._to_unmap), map=tuple(self._to_map))
+        self.counters.unmapped += len(commands.unmap)
+        self.counters.mapped += len(commands.map)
+        self._to_unmap.clear()
+        self._to_map.clear()
+        return commands
+
+    def publish(self) -> None:
+        """Writes the pool's numbers into the ledger (plain stores, no lock)."""
+        blocks, size = self.blocks, self.page_bytes
+        idle, empty = blocks.idle_pages, blocks.empty_pages
+        busy = blocks.present_pages - idle - empty
+        self._account.publish(busy * size, idle * size, empty * size)
+
+    def check(self) -> None:
+        """Adds everything up; raises KvcachedError naming what does not fit."""
+        self.blocks.check()
+        lost = [page for page in self._to_map if not self.blocks.is_present(page)]
+        kept = [page for page in self._to_unmap if self.blocks.is_present(page)]
+        if lost or kept:
+            raise KvcachedError(f"integrity: to map but absent {lost}, to unmap but present {kept}")
