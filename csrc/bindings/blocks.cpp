@@ -80,6 +80,14 @@ void bind_blocks(py::module_& module) {
             raise_if_failed(blocks.touch(list.data(), list.size()));
           },
           py::arg("ids"))
+      .def(
+          "uncache",
+          [](Blocks& blocks, int64_t count) {
+            Pages evicted;
+            blocks.uncache(count, evicted);
+            return evicted;
+          },
+          py::arg("count"))
       .def("uncache_all", &Blocks::uncache_all)
       .def(
           "grow",

@@ -53,6 +53,7 @@ class PagePool:
 
     ``page_bytes`` is what one page costs on the device: all regions, all processes that map it.
     ``on_evict`` is told the ids of cached blocks whose contents are lost with a reclaimed page.
+    ``max_cached_blocks`` bounds the prefix cache; None is no bound.
     The page of block 0 counts as leased and mapped from the start (the member pins it).
     """
 
@@ -64,6 +65,7 @@ class PagePool:
         *,
         warm_low: int,
         warm_high: int,
+        max_cached_blocks: int | None = None,
         on_evict: Callable[[Sequence[int]], None],
     ) -> None:
         if not 0 <= warm_low <= warm_high:
@@ -74,6 +76,7 @@ class PagePool:
         self._account = account
         self._warm_low = warm_low
         self._warm_high = warm_high
+        self._max_cached_blocks = max_cached_blocks
         self._on_evict = on_evict
         # Both keep insertion order, and neither command has left yet.
         self._to_map: dict[int, None] = {}
@@ -136,7 +139,14 @@ class PagePool:
     # --- giving back
 
     def settle(self, idle: bool) -> None:
-        """Gives up warm pages above the watermark: the high one while busy, the low one idle."""
+        """Gives up warm pages above the watermark: the high one while busy, the low one idle.
+
+        Where the cache is bounded, the oldest cached blocks above the bound become free first.
+        """
+        if self._max_cached_blocks is not None:
+            excess = self.blocks.cached_blocks - self._max_cached_blocks
+            if excess > 0:
+                self._on_evict(self.blocks.uncache(excess))
         keep = self._warm_low if idle else self._warm_high
         excess = self.blocks.empty_pages - keep
         if excess > 0:

@@ -172,6 +172,9 @@ class Blocks:
     def touch(self, ids: Sequence[int]) -> None:
         """Takes cached blocks back into use."""
 
+    def uncache(self, count: int) -> list[int]:
+        """Up to ``count`` of the oldest cached blocks become free; returns their ids."""
+
     def uncache_all(self) -> None: ...
     def grow(self, count: int) -> list[int]:
         """Makes up to ``count`` of the lowest absent pages present; returns their ids."""

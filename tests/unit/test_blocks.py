@@ -214,6 +214,11 @@ class BlocksMachine(RuleBasedStateMachine):
         self.cached = [i for i in self.cached if i not in evicted]
         self.pages -= set(pages)
 
+    @rule(count=st.integers(0, 5))
+    def uncache(self, count: int) -> None:
+        assert self.blocks.uncache(count) == self.cached[:count]
+        self.cached = self.cached[count:]
+
     @rule()
     def uncache_all(self) -> None:
         self.blocks.uncache_all()

@@ -15,7 +15,7 @@ CPP = sorted((ROOT / "csrc").rglob("*.[ch]pp"))
 MAX_LINES = 400
 
 ENGINES = {"vllm", "sglang"}
-ROOMS = ("engines", "cli", "router", "demo")  # everything else is the core
+ROOMS = ("engines", "cli", "router", "demo", "bench")  # everything else is the core
 
 # Functions at a process's edge, where an exception of any kind must become a report.
 BROAD_EXCEPT_ALLOWED: set[str] = set()
@@ -85,14 +85,14 @@ def test_tools_import_no_torch_and_no_engine(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
-def test_nothing_imports_the_demo_but_the_command_line(path: Path) -> None:
-    if _room(path) not in ("demo", "cli"):
-        assert not [m for m in _imports(path) if _inside(m, "kvcached.demo")]
+def test_only_the_command_line_imports_the_demo_and_the_benchmarks(path: Path) -> None:
+    if _room(path) not in ("demo", "bench", "cli"):
+        assert not [m for m in _imports(path) if _inside(m, "kvcached.demo", "kvcached.bench")]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
-def test_torch_only_in_views_engines_and_demo(path: Path) -> None:
-    if _room(path) not in ("engines", "demo") and path.name != "views.py":
+def test_torch_only_in_views_engines_demo_and_benchmarks(path: Path) -> None:
+    if _room(path) not in ("engines", "demo", "bench") and path.name != "views.py":
         assert "torch" not in {_top(module) for module in _imports(path)}
 
 

@@ -29,7 +29,7 @@ def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
     The classes are those that vLLM resolved, subclassed: naming ours before it resolves them
     would bypass its own choices (asynchronous scheduling, fall-backs).
     """
-    _refuse_unsupported(vllm_config)
+    _refuse_unsupported(vllm_config, config)
     who = identity.assign(vllm_config, config)
     parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config
     parallel.worker_cls = classes.qualified_name("worker", parallel.worker_cls)
@@ -42,7 +42,7 @@ def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
         follow_engine(ledger, who.instance)
 
 
-def _refuse_unsupported(vllm_config: Any) -> None:
+def _refuse_unsupported(vllm_config: Any, config: Config) -> None:
     parallel = vllm_config.parallel_config
     for what, wrong in {
         "KV transfer (connectors, disaggregation, offload)": vllm_config.kv_transfer_config,
@@ -50,6 +50,7 @@ def _refuse_unsupported(vllm_config: Any) -> None:
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "data parallelism": parallel.data_parallel_size > 1,
         "speculative decoding": vllm_config.speculative_config,
+        "KVCACHED_UNMAPPED=zero": config.unmapped == "zero",
     }.items():
         if wrong:
             raise EngineError(f"kvcached does not support {what} yet. {OFF}")

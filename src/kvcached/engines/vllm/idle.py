@@ -86,16 +86,18 @@ def _share_step(engine: Any, scheduler: ElasticScheduler) -> Any:
             flush()
             return result
 
-    reset = engine.reset_prefix_cache
+    def locked(call: Any) -> Any:
+        def with_lock(*args: Any, **kwargs: Any) -> Any:
+            with lock:
+                result = call(*args, **kwargs)
+                flush()
+                return result
 
-    def locked_reset(*args: Any, **kwargs: Any) -> Any:
-        with lock:
-            done = reset(*args, **kwargs)
-            flush()
-            return done
+        return with_lock
 
     engine.step_fn = locked_step
-    engine.reset_prefix_cache = locked_reset
+    for name in ("add_request", "abort_requests", "reset_prefix_cache"):
+        setattr(engine, name, locked(getattr(engine, name)))
 
     def wake() -> None:
         with lock:

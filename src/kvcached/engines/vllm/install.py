@@ -25,9 +25,21 @@ def install(config: Config) -> base.Installation:
     if _installation is None:
         adapter = importlib.import_module(registry.find("vllm", vllm.__version__))
         importlib.import_module("kvcached.vmm_ops")  # a core that does not load fails here, early
+        _log_as_vllm_does(config)
         _installation = base.install(adapter.seams(config))
         logger.info("kvcached: took hold of vLLM %s", vllm.__version__)
     return _installation
+
+
+def _log_as_vllm_does(config: Config) -> None:
+    """Our lines go to vLLM's own log: its handlers, its format."""
+    ours, theirs = logging.getLogger("kvcached"), logging.getLogger("vllm")
+    ours.setLevel(config.log_level)
+    if theirs.handlers and not ours.handlers:
+        ours.handlers = theirs.handlers
+        ours.propagate = False
+    for notice in config.notices:
+        logger.warning("kvcached: %s", notice)
 
 
 def uninstall() -> None:

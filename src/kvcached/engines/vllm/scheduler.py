@@ -60,6 +60,11 @@ class ElasticScheduler:
             shape.page_bytes,
             warm_low=config.warm_low,
             warm_high=config.warm_high,
+            max_cached_blocks=(
+                None
+                if config.max_cached_tokens < 0
+                else config.max_cached_tokens // shape.block_tokens
+            ),
             on_evict=pool.forget,
         )
         pool.bind(self.pages)
