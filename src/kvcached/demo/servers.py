@@ -26,6 +26,7 @@ from kvcached.errors import KvcachedError
 
 START_LIMIT_S = 240.0
 STOP_LIMIT_S = 20.0
+RESET_LIMIT_S = 5.0
 
 ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -111,8 +112,18 @@ class EngineProcess:
         return int(self.metrics().get("vllm:num_preemptions_total", 0.0))
 
     def reset_prefix_cache(self) -> None:
-        """Drops every cached block; a refusal is an error, because figures would be wrong."""
-        httpx.post(self.url + "/reset_prefix_cache", timeout=30.0).raise_for_status()
+        """Drops every cached block; a refusal that lasts is an error: figures would be wrong.
+
+        vLLM refuses while the last step's blocks are still held, a moment after the answer.
+        """
+        deadline = time.monotonic() + RESET_LIMIT_S
+        while True:
+            answer = httpx.post(self.url + "/reset_prefix_cache", timeout=30.0).raise_for_status()
+            if answer.json()["success"]:
+                return
+            if time.monotonic() > deadline:
+                raise EngineFailedError(f"engine {self.name} does not reset its prefix cache")
+            time.sleep(0.05)
 
     def log_tail(self, lines: int = 15) -> str:
         text = self.spec.log.read_text(errors="replace").splitlines()
