@@ -42,6 +42,7 @@ class _ProcessWatch:
 
     def __init__(self, pid: int) -> None:
         self.folder = f"/proc/{pid}/fd"
+        self.holds_memory = False
         self._known: dict[str, tuple[int, bool]] = {}  # descriptor -> inode, whether it is ours
 
     def add_to(self, blocks: dict[int, int]) -> None:
@@ -61,6 +62,7 @@ class _ProcessWatch:
             except FileNotFoundError:
                 continue  # closed since it was listed
             if known[1]:
+                self.holds_memory = True
                 blocks[status.st_ino] = status.st_blocks * 512
 
     def forget(self) -> None:
@@ -69,7 +71,11 @@ class _ProcessWatch:
 
 
 class SessionWatch:
-    """The memfds of all processes of one engine; a memfd that two of them hold counts once."""
+    """The memfds of all processes of one engine; a memfd that two of them hold counts once.
+
+    A process that has never held one is looked at with each scan for processes only: most of an
+    engine's processes map no memory, and reading their descriptors would slow the engine down.
+    """
 
     def __init__(self, session: int) -> None:
         self._session = session
@@ -77,12 +83,15 @@ class SessionWatch:
         self._scanned_s = 0.0
 
     def physical_bytes(self, now_s: float) -> int:
-        if now_s - self._scanned_s >= PROCESS_SCAN_S:
+        scanned = now_s - self._scanned_s >= PROCESS_SCAN_S
+        if scanned:
             self._scanned_s = now_s
             for pid in session_processes(self._session):
                 self._processes.setdefault(pid, _ProcessWatch(pid)).forget()
         blocks: dict[int, int] = {}
         for pid, watch in list(self._processes.items()):
+            if not (scanned or watch.holds_memory):
+                continue
             try:
                 watch.add_to(blocks)
             except OSError:
