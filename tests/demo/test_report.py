@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from kvcached.cli.accounts import AccountFigures, LedgerFigures
 from kvcached.demo.compare import Comparison, Difference, compare
-from kvcached.demo.figures import PhaseRun, Session
+from kvcached.demo.figures import PhaseRun, Session, tokens_per_s
 from kvcached.demo.load import Result
 from kvcached.demo.models import Model
 from kvcached.demo.plot import draw_memory
@@ -31,8 +32,10 @@ def _session(name: str, ttft_s: float, peak_bytes: int = 0) -> Session:
         request = Request(index, phase, "A", 0.0, (1, 2), 2)
         result = Result(request, start_s, start_s + ttft_s, start_s + ttft_s + 1, [7, 8])
         runs[0].append(PhaseRun(phase, start_s, start_s + 5, [result], {"A": 1, "B": 0}))
-    account = AccountFigures("A", 3, 3, 1, 1, 1, 0, 2 * MIB, 4, 5 * MIB)
-    ledger = LedgerFigures(BUDGET, peak_bytes, (account,))
+    accounts = tuple(
+        AccountFigures(engine, 3, 3, 1, 1, 1, 0, MIB, MIB, 4, 5 * MIB) for engine in "AB"
+    )
+    ledger = LedgerFigures(BUDGET, peak_bytes, accounts)
     return Session(
         name,
         ("A", "B"),
@@ -63,7 +66,13 @@ def test_a_good_run() -> None:
     assert report["outputs_equal"] is True
     assert report["budget_bytes"] == report["physical_peak_bytes"] == BUDGET
     assert report["physical_after_bytes"] == 4 * MIB
-    assert report["pinned_bytes"] == 2 * MIB
+    assert report["pinned_bytes"] == 2 * MIB and report["reclaimed_bytes"] == 10 * MIB
+    assert report["after_load"]["B"] == {
+        "physical_bytes": 2 * MIB,
+        "pinned_bytes": MIB,
+        "page_bytes": MIB,
+        "allowed_bytes": 2 * MIB,
+    }
     assert report["elastic"]["ttft_ms"]["p99"] == 1000
     assert report["static"]["ttft_ms"]["mean"] == 3000
     assert report["ttft_p99_static_over_elastic"] == dict.fromkeys(PHASES, 3.0)
@@ -81,6 +90,38 @@ def test_what_fails_a_run() -> None:
     outcome = _outcome(Comparison(3, ()))
     outcome.static.runs[0][0].results[0].error = "HTTP 500"
     assert any("static" in f for f in build_report(outcome)["failures"])
+
+
+def _failures(outcome: Outcome) -> str:
+    return "; ".join(build_report(outcome)["failures"])
+
+
+def test_a_run_that_proves_nothing_fails() -> None:
+    outcome = _outcome(Comparison(3, ()))
+    for phase in outcome.elastic.runs[0]:
+        phase.preemptions = {"A": 0, "B": 0}
+    assert "preempted" in _failures(outcome)
+    outcome = _outcome(Comparison(3, ()))
+    assert outcome.elastic.ledger_after
+    accounts = outcome.elastic.ledger_after.accounts
+    idle = tuple(dataclasses.replace(account, reclaimed=0) for account in accounts)
+    outcome.elastic.ledger_after = LedgerFigures(BUDGET, BUDGET, idle)
+    assert "reclaimed" in _failures(outcome)
+
+
+def test_memory_that_an_engine_keeps_fails_a_run() -> None:
+    outcome = _outcome(Comparison(3, ()))
+    outcome.elastic.physical_after = (2 * MIB, 2 * MIB + 4096)
+    assert "engine B still holds" in _failures(outcome)
+    outcome.elastic.ledger_after = None  # nobody says what may be held
+    assert "engine A still holds" in _failures(outcome)
+
+
+def test_speed_counts_from_the_first_request_to_the_last_token() -> None:
+    request = Request(0, PHASES[0], "A", 0.0, (1,), 2)
+    results = [Result(request, 1.0, 2.0, 3.0, [1, 2]), Result(request, 1.5, 2.0, 5.0, [1, 2])]
+    assert tokens_per_s(results) == 1.0
+    assert tokens_per_s([Result(request)]) == 0.0
 
 
 def test_a_tie_is_the_only_excuse() -> None:

@@ -22,6 +22,7 @@ class AccountFigures:
     warm: int
     demand: int
     pinned: int
+    page_bytes: int
     leases_refused: int
     reclaimed: int
 
@@ -76,6 +77,7 @@ def _figures(snapshot: Any) -> LedgerFigures:
                 warm=account.warm,
                 demand=account.demand,
                 pinned=account.pinned,
+                page_bytes=account.page_bytes,
                 leases_refused=account.refused,
                 reclaimed=account.reclaimed,
             )

@@ -61,6 +61,15 @@ class Session:
         return sum(sum(phase.preemptions.values()) for run in self.runs for phase in run)
 
 
+def tokens_per_s(results: Sequence[Result]) -> float:
+    """Generated tokens a second, from the first request sent to the last token; 0 without any."""
+    ends = [result.last_s for result in results if result.last_s is not None]
+    if not ends:
+        return 0.0
+    seconds = max(ends) - min(result.sent_s for result in results)
+    return sum(len(result.tokens) for result in results) / seconds
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """The nearest-rank percentile."""
     ordered = sorted(values)

@@ -75,6 +75,34 @@ def failures(report: dict[str, Any]) -> list[str]:
             found.append(f"{key} {format_size(report[key])} is above {format_size(budget)}")
     if report["physical_peak_bytes"] == 0:
         found.append("no memory of kvcached was seen: the engines were not elastic")
+    if not report["elastic"]["preemptions"]:
+        found.append("no request was preempted (elastic): the load proves nothing about outputs")
+    if not report["reclaimed_bytes"]:
+        found.append("nothing was reclaimed between the engines")
+    return found + _held_too_long(report["after_load"])
+
+
+def _held_too_long(after_load: dict[str, dict[str, int]]) -> list[str]:
+    return [
+        f"engine {name} still holds {format_size(figures['physical_bytes'])} after the load, "
+        f"more than {format_size(figures['allowed_bytes'])}"
+        for name, figures in after_load.items()
+        if figures["physical_bytes"] > figures["allowed_bytes"]
+    ]
+
+
+def _after_load(elastic: Session) -> dict[str, dict[str, int]]:
+    """What each engine holds at rest, and what it may: its pinned page and one warm page."""
+    found = {}
+    for name, physical in zip(elastic.engines, elastic.physical_after, strict=False):
+        account = elastic.ledger_after.account(name) if elastic.ledger_after else None
+        pinned, page = (account.pinned, account.page_bytes) if account else (0, 0)
+        found[name] = {
+            "physical_bytes": physical,
+            "pinned_bytes": pinned,
+            "page_bytes": page,
+            "allowed_bytes": pinned + page,
+        }
     return found
 
 
@@ -89,9 +117,7 @@ def _memory(elastic: Session) -> dict[str, Any]:
             for index, name in enumerate(elastic.engines)
         },
         "physical_after_bytes": sum(elastic.physical_after),
-        "physical_after_by_engine": dict(
-            zip(elastic.engines, elastic.physical_after, strict=False)
-        ),
+        "after_load": _after_load(elastic),
         "pinned_bytes": sum(account.pinned for account in accounts),
         "accounts_after": [asdict(account) for account in accounts],
         "ledger_high_water_bytes": after.high_water if after else 0,
@@ -195,9 +221,13 @@ def _facts_table(report: dict[str, Any]) -> Table:
         "Budget": f"{format_size(report['budget_bytes'])}; physical peak "
         f"{format_size(report['physical_peak_bytes'])}, ledger high-water mark "
         f"{format_size(report['ledger_high_water_bytes'])}",
-        "After the load": f"{format_size(report['physical_after_bytes'])} held, of it pinned "
-        f"{format_size(report['pinned_bytes'])}",
+        "After the load": ", ".join(
+            f"{name} holds {format_size(figures['physical_bytes'])} (pinned "
+            f"{format_size(figures['pinned_bytes'])}, page {format_size(figures['page_bytes'])})"
+            for name, figures in report["after_load"].items()
+        ),
         "Sharing": f"reclaimed {format_size(report['reclaimed_bytes'])}, "
+        f"preemptions {report['elastic']['preemptions']}, "
         f"leases refused {report['leases_refused']}",
         "Sampling": f"{sampling['samples']} samples, every {sampling['interval_ms']['mean']} ms, "
         f"longest gap {sampling['interval_ms']['max']} ms",

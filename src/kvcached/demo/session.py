@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from kvcached.cli.accounts import LedgerReader
-from kvcached.demo.figures import PhaseRun, Session, latency
+from kvcached.demo.figures import PhaseRun, Session, latency, tokens_per_s
 from kvcached.demo.load import Target, play
 from kvcached.demo.sampler import Sampler
 from kvcached.demo.screen import Screen, Sources
 from kvcached.demo.servers import EngineProcess, running
 from kvcached.demo.setups import Options, Setup
-from kvcached.demo.trace import PHASE_TITLES, PHASES, Request
+from kvcached.demo.trace import PHASE_TITLES, PHASES, Request, at_once
 
 SETTLE_LIMIT_S = 5.0
 
@@ -121,14 +120,11 @@ def _alone(
     screen: Screen,
 ) -> list[float]:
     """Tokens per second of engine A while B idles, once for each pair; requests sent at once."""
-    part = [r for r in load if r.engine == "A"][: options.overhead_requests]
+    part = at_once(load, "A", options.overhead_requests)
     speeds = []
     for _ in range(options.overhead_pairs):
         _reset(engines)
-        start_s = time.monotonic()
-        results = play([replace(request, at_s=0.0) for request in part], targets)
-        elapsed_s = time.monotonic() - start_s
-        speeds.append(sum(len(result.tokens) for result in results) / elapsed_s)
+        speeds.append(tokens_per_s(play(part, targets)))
     screen.say(f"  A alone: {', '.join(f'{speed:.0f}' for speed in speeds)} tokens/s")
     return speeds
 

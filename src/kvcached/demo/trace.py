@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 
 from kvcached.demo.models import Model
@@ -112,6 +112,11 @@ def make_load(shape: LoadShape, models: dict[str, Model]) -> list[Request]:
             )
             load.append(Request(len(load), phase, engine, at_s, prefixes[engine] + own, outputs))
     return load
+
+
+def at_once(load: Sequence[Request], engine: str, count: int) -> list[Request]:
+    """The first ``count`` requests of an engine, all to be sent at the same time."""
+    return [replace(r, at_s=0.0) for r in load if r.engine == engine][:count]
 
 
 def _compressed(
