@@ -26,6 +26,13 @@ def test_help_has_examples() -> None:
         assert "Examples" in done.stdout and f"kvcached {command}" in done.stdout
 
 
+def test_bench_help_has_examples() -> None:
+    for command in ("alloc", "engine"):
+        done = _run("bench", command, "--help")
+        assert done.returncode == 0
+        assert "Examples" in done.stdout and f"kvcached bench {command}" in done.stdout
+
+
 def test_a_wrong_size_is_one_line() -> None:
     done = _run("demo", "--budget", "much")
     assert done.returncode == 2

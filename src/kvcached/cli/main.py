@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kvcached
+from kvcached.cli import bench
 from kvcached.config import Config
 from kvcached.errors import ConfigError, KvcachedError
 from kvcached.units import format_size, parse_size
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # our errors are one line; others keep Python's own form
     rich_markup_mode="rich",
 )
+
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
