@@ -211,6 +211,12 @@ Grant MemberHandle::pin(int64_t size_bytes) {
   return Grant::kGranted;
 }
 
+void MemberHandle::set_demand(int64_t size_bytes) {
+  if (!usable()) return;
+  int64_t before = member().demand.exchange(size_bytes);
+  if (size_bytes > before) segment_->ring(Bell::kPressure);
+}
+
 bool MemberHandle::created(int64_t size_bytes) {
   if (!usable()) return false;
   add(member().created, size_bytes);

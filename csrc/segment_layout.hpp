@@ -87,7 +87,7 @@ struct alignas(kLine) Member {
   U32 pid;       // under the lock
   I64 created;   // by the member
   I64 released;  // by the member; by its reaper once it is dead
-  I64 demand;    // by the member: what a refused pin still wants
+  I64 demand;    // by the member: what it still wants, leased or not
 };
 
 // Written under the lock, `state` last when a row appears and first when it goes.

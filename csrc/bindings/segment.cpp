@@ -239,6 +239,8 @@ void bind_account(py::module_& module) {
 
 void bind_member(py::module_& module) {
   py::class_<MemberHandle>(module, "Member", "A mapping process's side of an account.")
+      .def("set_demand",
+           [](MemberHandle& member, int64_t size) { member.set_demand(checked(size)); })
       .def("pin", &pin)
       .def("created",
            [](MemberHandle& member, int64_t size_bytes) {

@@ -283,6 +283,13 @@ class Member:
         """
         return self.core.pin(size_bytes)
 
+    def set_demand(self, size_bytes: int) -> None:
+        """Says how many leased bytes the device refuses; 0 when it gave them.
+
+        A growing demand raises the pressure: others give back, so that the device can give.
+        """
+        self.core.set_demand(size_bytes)
+
     def created(self, size_bytes: int) -> None:
         """Books bytes that exist now, under a lease of the owner."""
         self.core.created(size_bytes)
