@@ -101,6 +101,16 @@ class PagePool:
             self._account.set_demand(max(1, pages - len(self._to_unmap)) * self.page_bytes)
         return False
 
+    def want(self, count: int) -> None:
+        """Raises the demand, after ``ensure`` was refused, to all ``count`` blocks that would be
+        used if they were there. Asking for one request's at a time, memory would come back one
+        request a step.
+        """
+        pages = ceil_div(max(0, count - self.blocks.available()), self.blocks.blocks_per_page)
+        pages = min(pages, self._absent()) - len(self._to_unmap)
+        if pages > 0:
+            self._account.set_demand(pages * self.page_bytes)
+
     def prefer_growth(self, count: int) -> None:
         """Grows, as far as leases are granted at once, so that ``count`` blocks are free.
 

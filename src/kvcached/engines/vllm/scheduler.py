@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 from typing import Any
 
@@ -33,6 +34,8 @@ class ElasticScheduler:
 
     kv_cache_manager: Any
     running: Any
+    waiting: Any
+    max_num_running_reqs: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
@@ -154,12 +157,20 @@ class ElasticScheduler:
         return output.total_num_scheduled_tokens == 0 and not self.running
 
     def _note_shortage(self, request: Any, needed: int) -> None:
-        self._short = True
+        if not self._short:
+            self._short = True
+            self.pages.want(needed + self._blocks_waited_for())
         held = sum(
             len(manager.req_to_blocks.get(request.request_id, ()))
             for manager in self.kv_cache_manager.coordinator.single_type_managers
         )
         self._check_fits(request, needed + held)
+
+    def _blocks_waited_for(self) -> int:
+        """Blocks of the prompts that could run at once if there were memory for them."""
+        room = max(0, self.max_num_running_reqs - len(self.running))
+        tokens = self._shape.block_tokens
+        return sum(ceil_div(r.num_tokens, tokens) for r in itertools.islice(self.waiting, room))
 
     def _check_fits(self, request: Any, blocks: int) -> None:
         most = self.most_blocks()
