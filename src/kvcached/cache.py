@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from kvcached.errors import OutOfMemoryError
+from kvcached.errors import DriverError, KvcachedError, OutOfMemoryError
 from kvcached.layout import BlockLayout
 from kvcached.ledger import Account, Ledger, Member
 from kvcached.pages import Commands, PagePool
@@ -44,6 +44,7 @@ class PageMapper:
         self._ledger = ledger
         self._member = member
         self._map_timeout_s = map_timeout_s
+        self._quarantined = 0
         self.arena = Arena(backend, layout.arena_regions(), layout.num_pages, layout.size_bytes)
         self._pin()
 
@@ -51,19 +52,25 @@ class PageMapper:
         """Carries out commands: unmaps, tells the ledger what was released, then maps.
 
         Raises OutOfMemoryError where the device refuses leased memory for longer than the map
-        timeout, naming the device, the bytes and who holds them.
+        timeout, naming the device, the bytes and who holds them, and DriverError where it refuses
+        for another reason. The ledger then says what exists, the pages are not mapped.
         """
         if commands.unmap:
-            self._member.released(self.arena.unmap(commands.unmap))
+            self.arena.unmap(commands.unmap)
+            self._book_what_exists()
         if commands.map:
-            self._map(commands.map)
+            # Booked before it exists: a reader may see too much for a moment, never too little.
+            self._member.created(len(commands.map) * self.layout.page_bytes)
+            self._map_booked(commands.map)
 
     def close(self) -> None:
         """Unmaps everything and leaves the ledger."""
         mapped = self.arena.mapped_pages()
         if mapped:
-            self._member.released(self.arena.unmap(mapped))
-        self._member.released(self.arena.trim())
+            self.arena.unmap(mapped)
+        self.arena.trim()
+        self.arena.retry_quarantine()
+        self._book_what_exists()
         self._member.close()
 
     def _pin(self) -> None:
@@ -80,33 +87,64 @@ class PageMapper:
                     self._holders(),
                 )
             time.sleep(_RETRY_S)
-        self.arena.map([PINNED_PAGE])
+        self._map_booked([PINNED_PAGE])
 
-    def _map(self, pages: Sequence[int]) -> None:
-        # Published before it exists: a reader may see too much for a moment, never too little.
+    def _map_booked(self, pages: Sequence[int]) -> None:
+        """Maps pages whose bytes are booked already, or corrects the books and raises."""
         size = len(pages) * self.layout.page_bytes
-        self._member.created(size)
         deadline = time.monotonic() + self._map_timeout_s
         warned = False
-        while True:
-            try:
-                self.arena.map(pages)
-            except OutOfMemoryError as error:
+        try:
+            while (refusal := self._try_map(pages, size)) is not None:
                 if time.monotonic() > deadline:
-                    self._member.released(size)
                     raise OutOfMemoryError(
                         f"{self._ledger.device} refused {format_size(size)} under a lease for "
-                        f"{self._map_timeout_s:g} s: {error}. Holders: {self._holders()}. "
+                        f"{self._map_timeout_s:g} s: {refusal}. Holders: {self._holders()}. "
                         "Another program may have taken the memory."
-                    ) from error
+                    )
                 if not warned:
                     logger.warning(
                         "kvcached: %s refuses %s; retrying", self._ledger.device, format_size(size)
                     )
                     warned = True
                 time.sleep(_RETRY_S)
-            else:
-                return
+        finally:
+            self._book_what_exists()
+
+    def _try_map(self, pages: Sequence[int], size: int) -> str | None:
+        """Maps the pages; the device's words where it has no memory for them."""
+        # What stays in quarantine comes on top of what the owner has leased for these pages.
+        self.arena.retry_quarantine()
+        extra = self.arena.created_bytes() + size - self._member.held()
+        if extra > 0 and not self._member.pin(extra):
+            return f"no room beside {format_size(self.arena.quarantined_bytes())} in quarantine"
+        try:
+            self.arena.map(pages)
+        except OutOfMemoryError as error:
+            return str(error)
+        except DriverError as error:
+            # A page whose unmap was refused is free again when the retry of that succeeds.
+            if not self.arena.quarantined_bytes():
+                raise
+            return str(error)
+        return None
+
+    def _book_what_exists(self) -> None:
+        """Makes the ledger say what the arena says: memory in quarantine may have come or gone."""
+        difference = self.arena.created_bytes() - self._member.held()
+        if difference > 0:
+            self._member.created(difference)
+        elif difference < 0:
+            self._member.released(-difference)
+        quarantined = self.arena.quarantined_bytes()
+        if quarantined > self._quarantined:
+            logger.warning(
+                "kvcached: %s did not take back %s; it stays charged and is tried again: %s",
+                self._ledger.device,
+                format_size(quarantined),
+                self.arena.last_failure(),
+            )
+        self._quarantined = quarantined
 
     def _holders(self) -> str:
         accounts = self._ledger.snapshot().accounts
@@ -117,7 +155,7 @@ class ElasticCache:
     """A whole instance in one process: blocks, pages, lease and mapping.
 
     ``alloc`` answers None on a shortage; the caller queues or preempts. Commands are applied at
-    once. Not thread-safe.
+    once. After an exception of the device's the cache can only be closed. Not thread-safe.
     """
 
     def __init__(
@@ -133,7 +171,13 @@ class ElasticCache:
         map_timeout_s: float = 30.0,
     ) -> None:
         self.member: Member = ledger.attach(instance, name, layout.page_bytes)
-        self.mapper = PageMapper(ledger, self.member, backend, layout, map_timeout_s=map_timeout_s)
+        try:
+            self.mapper = PageMapper(
+                ledger, self.member, backend, layout, map_timeout_s=map_timeout_s
+            )
+        except KvcachedError:
+            self.member.close()
+            raise
         self.account: Account = ledger.join(instance, name, layout.page_bytes)
         self.pool = PagePool(
             Blocks(layout.num_blocks, layout.blocks_per_page),
