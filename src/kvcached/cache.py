@@ -102,6 +102,7 @@ class PageMapper:
                         f"{self._map_timeout_s:g} s: {refusal}. Holders: {self._holders()}. "
                         "Another program may have taken the memory."
                     )
+                self._member.set_demand(size)  # others give back, so that the device can give
                 if not warned:
                     logger.warning(
                         "kvcached: %s refuses %s; retrying", self._ledger.device, format_size(size)
@@ -109,6 +110,7 @@ class PageMapper:
                     warned = True
                 time.sleep(_RETRY_S)
         finally:
+            self._member.set_demand(0)
             self._book_what_exists()
 
     def _try_map(self, pages: Sequence[int], size: int) -> str | None:
