@@ -42,7 +42,7 @@ def draw_memory(
 
 def _draw_bytes(axes: Any, elastic: Session, budget_bytes: int, models: dict[str, str]) -> None:
     run = elastic.runs[0]
-    start_s, end_s = run[0].start_s - 1.0, run[-1].end_s + 0.9
+    start_s, end_s = run[0].start_s - 1.0, run[-1].end_s + 0.5
     shown = [sample for sample in elastic.samples if start_s <= sample.at_s <= end_s]
     shown = _thin(shown)
     times = [sample.at_s - start_s for sample in shown]
