@@ -1,4 +1,4 @@
-"""The page pool on the real block allocator and a real ledger: what it decides, what it costs."""
+"""The page pool on the real block allocator and a real ledger: what it decides and charges."""
 
 from __future__ import annotations
 

@@ -31,8 +31,12 @@ def find(engine: str, version: str) -> str:
     for support in SUPPORTED:
         if support.engine == engine and support.versions.contains(release, prereleases=True):
             return support.module
-    known = ", ".join(str(s.versions) for s in SUPPORTED if s.engine == engine)
     raise UnsupportedEngineError(
         f"kvcached is switched on, but {engine} {version} is not supported; "
-        f"supported: {known}. {OFF}"
+        f"supported: {supported(engine)}. {OFF}"
     )
+
+
+def supported(engine: str) -> str:
+    """The supported versions of an engine, in words."""
+    return ", ".join(str(s.versions) for s in SUPPORTED if s.engine == engine)

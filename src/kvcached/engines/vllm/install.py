@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import logging
+from types import ModuleType
 
 import vllm
 
 from kvcached.config import Config
 from kvcached.engines import base, registry
+from kvcached.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
@@ -18,17 +20,34 @@ _installation: base.Installation | None = None
 def install(config: Config) -> base.Installation:
     """Installs the adapter for the running version; a second call changes nothing.
 
-    Raises UnsupportedEngineError for a version without an adapter, EngineError for a missing
-    seam, and whatever the import of the core raises: the engine must not start as if all were well.
+    Raises UnsupportedEngineError for a version without an adapter, EngineError for a missing seam
+    and for a core that does not load: the engine must not start as if all were well.
     """
     global _installation
     if _installation is None:
-        adapter = importlib.import_module(registry.find("vllm", vllm.__version__))
-        importlib.import_module("kvcached.vmm_ops")  # a core that does not load fails here, early
+        adapter = _load(registry.find("vllm", vllm.__version__))
         _log_as_vllm_does(config)
         _installation = base.install(adapter.seams(config))
         logger.info("kvcached: took hold of vLLM %s", vllm.__version__)
     return _installation
+
+
+def _load(adapter: str) -> ModuleType:
+    on = f"kvcached is switched on for vllm {vllm.__version__}"
+    versions = f"Supported versions: {registry.supported('vllm')}."
+    try:
+        importlib.import_module("kvcached.vmm_ops")
+    except ImportError as error:
+        raise EngineError(
+            f"{on}, but its core library does not load: {error}. {versions} Build it for this "
+            f"Python with `python setup.py build_ext --inplace`. {registry.OFF}"
+        ) from error
+    try:
+        return importlib.import_module(adapter)
+    except ImportError as error:
+        raise EngineError(
+            f"{on}, but a seam is missing: {error}. {versions} {registry.OFF}"
+        ) from error
 
 
 def _log_as_vllm_does(config: Config) -> None:

@@ -1,0 +1,74 @@
+"""Real vLLM engines (marker ``engine``): one tiny model and one plain answer for all of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import HERE, MAX_TOKENS, MIB, PROMPTS, LlmProcess, Pair, environment, limited
+
+DEFAULT_LIMIT_S = 240.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == HERE:
+            item.add_marker(pytest.mark.engine)
+
+
+@pytest.fixture(autouse=True)
+def in_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test here has a limit of its own (``limit_s`` on the function, or the default)."""
+    with limited(getattr(request.function, "limit_s", DEFAULT_LIMIT_S)):
+        yield
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    folder = tmp_path_factory.mktemp("tiny")
+    subprocess.run(
+        [sys.executable, str(HERE / "tiny_model.py"), str(folder)],
+        env=environment({}),
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """What vLLM without kvcached answers."""
+    job = {
+        "task": "equality",
+        "model": str(model),
+        "prompts": PROMPTS,
+        "max_tokens": MAX_TOKENS,
+        "rounds": 1,
+        "arguments": {"enable_prefix_caching": False, "kv_cache_memory_bytes": 64 * MIB},
+    }
+    changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with LlmProcess(tmp_path_factory.mktemp("plain"), job, changes) as process:
+        result = process.answer(200)
+    assert result["preemptions"] == 0
+    outputs: list[list[int]] = result["outputs"][0]
+    assert len({tuple(tokens) for tokens in outputs}) == len(PROMPTS)
+    return outputs
+
+
+@pytest.fixture(scope="session")
+def pair_of_servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair(model, tmp_path_factory.mktemp("pair"), capacity=12 * MIB)
+    yield pair
+    pair.close()
+
+
+@pytest.fixture
+def pair(pair_of_servers: Pair) -> Pair:
+    """Two healthy servers under one budget; what a test before has killed is started again."""
+    return pair_of_servers.up()

@@ -1,0 +1,156 @@
+"""An ``LLM`` in a process of its own, driven by one JSON document (``python llm_process.py JOB``).
+
+The job says what to build and to generate; the answer goes into a file next to it. Without
+ENABLE_KVCACHED this is plain vLLM, which is what the outputs are compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ARENAS: list[Any] = []
+
+
+def remember_arenas() -> None:
+    """The mappers of this process, for what only the inside can say."""
+    from kvcached.cache import PageMapper
+
+    original = PageMapper.__init__
+
+    def __init__(self: PageMapper, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        ARENAS.append(self.arena)
+
+    PageMapper.__init__ = __init__
+
+
+def generate(llm: Any, job: dict[str, Any]) -> list[list[int]]:
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in job["prompts"]]
+    sampling = SamplingParams(
+        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False
+    )
+    return [
+        list(answer.outputs[0].token_ids)
+        for answer in llm.generate(prompts, sampling, use_tqdm=False)
+    ]
+
+
+def preemptions(llm: Any) -> int:
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+
+def ledger_facts() -> dict[str, int]:
+    """The only account's numbers, and what the kernel says about the memory behind them."""
+    from kvcached.config import Config
+    from kvcached.demo.sampler import SessionWatch
+    from kvcached.ledger import Ledger
+
+    config = Config.from_env()
+    with Ledger.open(config.directory, str(config.device), create=False, read_only=True) as ledger:
+        snapshot = ledger.snapshot()
+        (account,) = snapshot.accounts
+        physical = SessionWatch(os.getsid(0)).physical_bytes(time.monotonic())
+        return {
+            "charge": account.charge,
+            "created": account.created,
+            "cached": account.cached,
+            "page": account.page_bytes,
+            "pinned": account.pinned,
+            "high_water": snapshot.high_water,
+            "capacity": snapshot.capacity,
+            "physical": physical,
+        }
+
+
+def build(job: dict[str, Any]) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        job["model"],
+        dtype="float32",
+        max_model_len=1024,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        block_size=32,
+        disable_log_stats=False,
+        **job["arguments"],
+    )
+
+
+def equality(job: dict[str, Any]) -> dict[str, Any]:
+    """Everything twice, so that the second round meets the first one's prefixes."""
+    llm = build(job)
+    result: dict[str, Any] = {"outputs": [generate(llm, job) for _ in range(job["rounds"])]}
+    result["preemptions"] = preemptions(llm)
+    if os.environ.get("ENABLE_KVCACHED"):
+        result["loaded"] = ledger_facts()
+        assert llm.reset_prefix_cache()
+        deadline = time.monotonic() + 5
+        while True:
+            result["reset"] = facts = ledger_facts()
+            small = facts["charge"] <= facts["pinned"] + facts["page"]
+            if (small and facts["physical"] == facts["created"]) or time.monotonic() > deadline:
+                return result
+            time.sleep(0.02)
+    return result
+
+
+def no_maps(job: dict[str, Any]) -> dict[str, Any]:
+    """Generates with the map commands suppressed; does not come back."""
+    import ctypes
+
+    from kvcached.cache import PageMapper
+
+    remember_arenas()
+    PageMapper.apply = lambda self, commands: None
+    llm = build(job)
+    (arena,) = ARENAS
+    print(f"reservation {arena.address:#x} {arena.size:#x}", flush=True)
+    ctypes.CDLL(job["report_faults"]).report_faults()
+    return {"outputs": [generate(llm, job)]}
+
+
+def fork(job: dict[str, Any]) -> dict[str, Any]:
+    """Forks children of both kinds, goes on generating, and is then killed by the test."""
+    import multiprocessing
+    import signal
+
+    llm = build(job)
+    before = generate(llm, job)
+    short = os.fork()
+    if short == 0:
+        sys.exit(0)  # with destructors and exit handlers
+    os.waitpid(short, 0)
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    worker.start()
+    long = os.fork()
+    if long == 0:
+        signal.pause()
+    after = generate(llm, job)
+    facts = ledger_facts()
+    answer(job, {"outputs": [before, after], "children": [worker.pid, long], "loaded": facts})
+    signal.pause()
+    return {}
+
+
+def answer(job: dict[str, Any], result: dict[str, Any]) -> None:
+    target = Path(job["answer"])
+    target.with_suffix(".part").write_text(json.dumps(result))
+    target.with_suffix(".part").rename(target)
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    answer(job, {"equality": equality, "no_maps": no_maps, "fork": fork}[job["task"]](job))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Two servers under one budget: what one does not use goes to the other, and comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from harness import PROMPTS, Answer, Pair, Server, wait_until
+
+
+def burst(server: Server, count: int, max_tokens: int = 24) -> list[Answer]:
+    """So many requests at once, all of different prompts."""
+    with ThreadPoolExecutor(count) as pool:
+        prompts = [[number + 5, *PROMPTS[number % 16]] for number in range(count)]
+        return list(pool.map(lambda prompt: server.ask(prompt, max_tokens), prompts))
+
+
+def fill_with_cache(pair: Pair, server: Server) -> None:
+    """Every free page of the budget ends up as cached prefixes of an idle ``server``."""
+    other = pair.b if server is pair.a else pair.a
+    assert other.engine is not None
+    other.engine.reset_prefix_cache()
+    for number in range(40):
+        if pair.account(server).cached > 0.6 * pair.capacity:
+            break
+        prompt = [number * 3 + 9, *PROMPTS[-1]]
+        assert server.ask(prompt, 8).ok
+    assert pair.account(server).cached > 0.6 * pair.capacity
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_an_idle_cache_goes_to_the_engine_that_works(pair: Pair) -> None:
+    fill_with_cache(pair, pair.a)
+    before = pair.account(pair.a)
+    with pair.watch() as memory:
+        start = time.monotonic()
+        first: list[float] = []
+
+        def see_the_lease() -> None:
+            granted = pair.account(pair.b).leased
+            while pair.account(pair.b).leased <= granted and time.monotonic() - start < 60:
+                time.sleep(0.001)
+            first.append(time.monotonic() - start)
+
+        thread = threading.Thread(target=see_the_lease)
+        thread.start()
+        answers = burst(pair.b, 10)
+        thread.join()
+    after = pair.account(pair.a)
+    print(f"first lease {first[0] * 1e3:.0f} ms after the burst's start")
+    assert [a.error for a in answers if not a.ok] == []
+    assert after.charge < before.charge and after.reclaimed > before.reclaimed
+    assert pair.account(pair.b).charge > pair.capacity // 3
+    assert memory.peak <= pair.capacity
+    assert pair.ledger.snapshot().high_water <= pair.capacity
+
+
+def test_an_engine_starts_while_the_other_has_cached_everything(pair: Pair) -> None:
+    fill_with_cache(pair, pair.a)
+    pair.b.kill()
+    wait_until(lambda: pair.ledger.reap() or not_there(pair, pair.b), 5, "b's account is gone")
+    for number in range(3):  # the page that b had, too
+        assert pair.a.ask([number * 7 + 800, *PROMPTS[-1]], 8).ok
+    with pair.watch() as memory:
+        pair.b.start()
+        pair.b.wait()
+        assert pair.b.ask(PROMPTS[4], 16).ok
+    assert memory.peak <= pair.capacity
+    assert pair.ledger.snapshot().high_water <= pair.capacity
+
+
+def not_there(pair: Pair, server: Server) -> bool:
+    return pair.ledger.snapshot().account(server.name) is None
+
+
+def test_an_engine_that_can_only_wait_sleeps(pair: Pair, plain: list[list[int]]) -> None:
+    """A holds everything and is stopped, so that nothing comes back; then it continues."""
+    fill_with_cache(pair, pair.a)
+    core, worker = (pair.account(s) for s in (pair.a, pair.b))
+    assert core.owner_pid is not None and worker.owner_pid is not None
+    os.kill(core.owner_pid, signal.SIGSTOP)
+    try:
+        answers: list[Answer] = []
+        wanted = [(i * 11) % 990 + 5 for i in range(1500)]
+        thread = threading.Thread(target=lambda: answers.append(pair.b.ask(wanted, 8)))
+        thread.start()
+        wait_until(lambda: pair.account(pair.b).demand > 0, 20, "b waits for memory")
+        used, start = cpu_s(worker.owner_pid), time.monotonic()
+        refused = pair.account(pair.b).refused
+        time.sleep(2.0)
+        elapsed = time.monotonic() - start
+        tries = (pair.account(pair.b).refused - refused) / elapsed
+        load = (cpu_s(worker.owner_pid) - used) / elapsed
+        print(f"waiting: {tries:.0f} attempts/s, {load:.0%} of a core")
+        assert answers == []
+        # A waiting engine asks for the lease once or twice in each of its steps.
+        assert 0 < tries < 100
+        assert load < 0.5
+    finally:
+        os.kill(core.owner_pid, signal.SIGCONT)
+    thread.join()
+    assert answers[0].ok, answers[0].error
+    assert pair.a.ask(PROMPTS[5], 24).tokens == plain[5][:24]
