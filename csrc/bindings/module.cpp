@@ -1,4 +1,7 @@
+#include <pybind11/stl.h>
+
 #include "bindings/bindings.hpp"
+#include "watch.hpp"
 
 namespace py = pybind11;
 
@@ -42,4 +45,5 @@ PYBIND11_MODULE(vmm_ops, module) {
   kvcached::bind_arena(module);
   kvcached::bind_blocks(module);
   kvcached::bind_segment(module);
+  module.def("end_with", &kvcached::end_with, py::arg("pids"), py::arg("grace_s") = 0.0);
 }

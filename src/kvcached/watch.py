@@ -7,59 +7,27 @@ gone. A pidfd of each process that matters, watched by one thread of our own, ha
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
-import select
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-logger = logging.getLogger(__name__)
+from kvcached import vmm_ops
 
 
-def end_with(pids: Iterable[int], grace_s: float = 0.0) -> threading.Thread:
+def end_with(pids: Iterable[int], grace_s: float = 0.0) -> None:
     """Ends this process (SIGKILL) ``grace_s`` seconds after any of ``pids`` has ended.
 
     SIGKILL, because an engine's own handlers wait for the very process that is gone; the kernel
-    then frees memory and locks at once. A pid that is gone already counts as ended.
+    then frees memory and locks at once. A pid that is gone already counts as ended. Returns at
+    once: a thread of the core watches, so that a busy interpreter delays nothing.
     """
-    descriptors = {_pidfd(pid): pid for pid in pids}
-
-    def die(pid: int) -> None:
-        logger.error("kvcached: process %d of this instance has ended; ending with it", pid)
-        time.sleep(grace_s)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    return _watch(descriptors, die)
+    vmm_ops.end_with(sorted(set(pids)), grace_s)
 
 
-def end_with_parent() -> threading.Thread:
-    """Ends this process when its parent has ended, also where that happened before this call."""
+def end_with_parent(*others: int) -> None:
+    """Ends this process when its parent or one of ``others`` (pids) has ended, also where that
+    happened before this call. Watching the whole line of parents saves each one's dying time.
+    """
     parent = multiprocessing.parent_process()  # who started us, even if it is gone already
-    return end_with([os.getppid() if parent is None or parent.pid is None else parent.pid])
-
-
-def _pidfd(pid: int) -> int:
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return -pid  # ended already: no descriptor, reported at once
-
-
-def _watch(descriptors: dict[int, int], ended: Callable[[int], None]) -> threading.Thread:
-    def run() -> None:
-        poll = select.poll()
-        for descriptor, pid in descriptors.items():
-            if descriptor < 0:
-                ended(pid)
-                return
-            poll.register(descriptor, select.POLLIN)
-        for descriptor, _ in poll.poll():
-            ended(descriptors[descriptor])
-            return
-
-    thread = threading.Thread(target=run, name="kvcached-watch", daemon=True)
-    thread.start()
-    return thread
+    pid = os.getppid() if parent is None or parent.pid is None else parent.pid
+    end_with({pid, *others})

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 
+import httpx
 from harness import PROMPTS, Answer, Pair
 
 
@@ -18,12 +19,14 @@ def ceiling_tokens(pair: Pair) -> int:
 def test_a_prompt_above_the_ceiling_is_refused_at_once(pair: Pair, plain: list[list[int]]) -> None:
     most = ceiling_tokens(pair)
     start = time.monotonic()
-    answer = pair.a.ask([7] * (most + 1), 8)
+    body = {"model": pair.a.name, "prompt": [7] * (most + 1), "max_tokens": 8}
+    answer = httpx.post(pair.a.url + "/v1/completions", json=body, timeout=60)
     took = time.monotonic() - start
-    assert answer.status == 400, answer
+    assert answer.status_code == 400, answer.text
     assert took < 2.0
-    assert re.search(rf"\b{most + 1} prompt tokens\b", answer.error), answer.error
-    assert re.search(rf"\b{most} tokens\b", answer.error), answer.error
+    for said in (answer.text, pair.a.ask([7] * (most + 1), 8).error):  # at once, and streaming
+        assert re.search(rf"\b{most + 1} prompt tokens\b", said), said
+        assert re.search(rf"\b{most} tokens\b", said), said
     assert pair.a.ask(PROMPTS[3], 40).tokens == plain[3][:40]
 
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
+
 from kvcached import watch
 from kvcached.config import Config
 from kvcached.engines.registry import OFF
@@ -20,7 +22,7 @@ from kvcached.units import ceil_div, format_size
 logger = logging.getLogger(__name__)
 
 # vLLM answers the requests in flight with an error when its engine dies; it gets this long.
-FAREWELL_S = 0.5
+FAREWELL_S = 0.3
 
 
 def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
@@ -75,13 +77,13 @@ def wrap_create_engine_config(config: Config) -> Callable[[Any], Any]:
 
 
 def follow_engine(ledger: Ledger, instance: str) -> None:
-    """Ends this server soon after its engine process has ended."""
+    """Ends this server soon after its engine process or a worker has ended."""
 
     def run() -> None:
         while True:
             account = ledger.snapshot().account(instance)
             if account is not None and account.owner_pid is not None:
-                watch.end_with([account.owner_pid], grace_s=FAREWELL_S)
+                watch.end_with(account.pids, grace_s=FAREWELL_S)
                 return
             time.sleep(0.1)
 
@@ -110,8 +112,12 @@ def wrap_process_inputs(config: Config) -> Callable[[Any], Any]:
     return replace
 
 
+class RequestNeverFitsError(VLLMValidationError, RequestTooLargeError):  # type: ignore[misc]
+    """vLLM answers its own validation errors with HTTP 400, and all others with 500."""
+
+
 def check_fits(ledger: Ledger, instance: str, prompt: Sequence[int] | None) -> None:
-    """Raises RequestTooLargeError if a prompt (token ids) can never fit the instance."""
+    """Raises RequestNeverFitsError if a prompt (token ids) can never fit the instance."""
     tokens = len(prompt or ())
     account = ledger.snapshot().account(instance)
     if account is None or not account.block_bytes:
@@ -121,7 +127,7 @@ def check_fits(ledger: Ledger, instance: str, prompt: Sequence[int] | None) -> N
     most = account.ceiling // account.page_bytes * in_page - 1
     if blocks <= most:
         return
-    raise RequestTooLargeError(
+    raise RequestNeverFitsError(
         f"This request needs {blocks} blocks of KV cache ({tokens} prompt tokens, "
         f"{format_size(blocks * account.block_bytes)}), but {account.name} can get at most {most} "
         f"blocks ({most * account.block_tokens} tokens, {format_size(most * account.block_bytes)})."

@@ -16,10 +16,13 @@ _ATTRIBUTE = "kvcached"
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The instance id (128 bits in hexadecimal) and the name that operators see."""
+    """The instance id (128 bits in hexadecimal), the name that operators see, and the pid of the
+    front end, whose end is the instance's.
+    """
 
     instance: str
     name: str
+    front_pid: int
 
 
 def assign(vllm_config: Any, config: Config) -> Identity:
@@ -31,7 +34,7 @@ def assign(vllm_config: Any, config: Config) -> Identity:
     served = vllm_config.model_config.served_model_name
     served = served[0] if isinstance(served, list) else served
     name = config.name or re.sub(r"[^\w.-]+", "-", os.path.basename(str(served).rstrip("/")))
-    identity = Identity(instance=secrets.token_hex(16), name=name[:63] or "vllm")
+    identity = Identity(secrets.token_hex(16), name[:63] or "vllm", os.getpid())
     setattr(vllm_config, _ATTRIBUTE, identity)
     return identity
 

@@ -42,7 +42,8 @@ class ElasticWorker:
 
     def init_device(self) -> Any:
         if self.parallel_config.distributed_executor_backend == "mp":  # type: ignore[attr-defined]
-            watch.end_with_parent()  # this process is the worker's own
+            # This process is the worker's own.
+            watch.end_with_parent(identity.of(self.vllm_config).front_pid)  # type: ignore[attr-defined]
         return super().init_device()  # type: ignore[misc]
 
     def determine_available_memory(self) -> int:
