@@ -187,8 +187,9 @@ def print_report(report: dict[str, Any], console: Console, out: Path) -> None:
 
 
 def _comparison_table(report: dict[str, Any]) -> Table:
-    """Fits a screen of 80 columns: static and elastic share a cell."""
-    table = Table(title="Halves -> shared, under one budget", title_justify="left")
+    """Fits a screen of 80 columns: static and elastic share a cell, one below the other."""
+    title = "One budget: in each cell the halves above, the shared pool below"
+    table = Table(title=title, title_justify="left", show_lines=True)
     table.add_column("phase", no_wrap=True)
     for heading in (
         "TTFT mean, s",
@@ -196,13 +197,13 @@ def _comparison_table(report: dict[str, Any]) -> Table:
         "p99 ratio",
         "all done, s",
         "done in window",
-        "pre-empted",
+        "pre- empted",
     ):
         table.add_column(heading, justify="right")
     for name in PHASES:
         slow, fast = report["static"]["phases"][name], report["elastic"]["phases"][name]
         mean, p99 = (
-            f"{slow['ttft_ms'][key] / 1e3:.2f}->{fast['ttft_ms'][key] / 1e3:.2f}"
+            f"{slow['ttft_ms'][key] / 1e3:.2f}\n{fast['ttft_ms'][key] / 1e3:.2f}"
             for key in ("mean", "p99")
         )
         table.add_row(
@@ -210,9 +211,9 @@ def _comparison_table(report: dict[str, Any]) -> Table:
             mean,
             p99,
             f"{report['ttft_p99_static_over_elastic'][name]:.2f} x",
-            f"{slow['seconds']:.1f}->{fast['seconds']:.1f}",
-            f"{slow['finished_in_window']:g}->{fast['finished_in_window']:g}",
-            f"{sum(slow['preemptions'].values())}->{sum(fast['preemptions'].values())}",
+            f"{slow['seconds']:.1f}\n{fast['seconds']:.1f}",
+            f"{slow['finished_in_window']:g}\n{fast['finished_in_window']:g}",
+            f"{sum(slow['preemptions'].values())}\n{sum(fast['preemptions'].values())}",
         )
     table.caption = "TTFT: time to first token. Window: when the faster one was done."
     return table
