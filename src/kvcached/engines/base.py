@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from kvcached.errors import EngineError
-
-
-class Adapter(Protocol):
-    """What a supported range of engine versions needs; one package an engine."""
-
-    def seams(self) -> Sequence[Seam]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +17,6 @@ from kvcached.engines.vllm import classes, device, identity
 from kvcached.errors import EngineError, RequestTooLargeError
 from kvcached.ledger import Ledger
 from kvcached.units import ceil_div, format_size
-
-logger = logging.getLogger(__name__)
 
 # vLLM answers the requests in flight with an error when its engine dies; it gets this long.
 FAREWELL_S = 0.3

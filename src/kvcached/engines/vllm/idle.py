@@ -6,7 +6,6 @@ already understands.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from typing import Any
@@ -19,8 +18,6 @@ from kvcached.engines.vllm import identity
 from kvcached.engines.vllm.scheduler import ElasticScheduler
 from kvcached.errors import EngineError
 
-logger = logging.getLogger(__name__)
-
 TICK_S = 5.0  # how often an idle engine looks for dead instances
 
 
@@ -32,8 +29,7 @@ def attach(engine: Any) -> None:
             f"kvcached: vLLM built {type(scheduler).__qualname__} instead of an elastic scheduler"
         )
     if hasattr(engine, "input_queue"):
-        watch.end_with_parent()
-        watch.end_with(_worker_pids(engine, scheduler))
+        watch.end_with_parent(*_worker_pids(engine, scheduler))
         wake = _wake_by_message(engine)
     else:
         wake = _share_step(engine, scheduler)
@@ -74,17 +70,11 @@ def _share_step(engine: Any, scheduler: ElasticScheduler) -> Any:
     a step that leaves commands behind is followed by an empty one that carries them.
     """
     lock = threading.RLock()
-    step = engine.step_fn
+    step = engine.step_fn  # as it is: flushing runs it under the lock already
 
     def flush() -> None:
         while scheduler.pages.has_commands() and scheduler.get_num_unfinished_requests() == 0:  # type: ignore[attr-defined]
             step()
-
-    def locked_step() -> Any:
-        with lock:
-            result = step()
-            flush()
-            return result
 
     def locked(call: Any) -> Any:
         def with_lock(*args: Any, **kwargs: Any) -> Any:
@@ -95,8 +85,7 @@ def _share_step(engine: Any, scheduler: ElasticScheduler) -> Any:
 
         return with_lock
 
-    engine.step_fn = locked_step
-    for name in ("add_request", "abort_requests", "reset_prefix_cache"):
+    for name in ("step_fn", "add_request", "abort_requests", "reset_prefix_cache"):
         setattr(engine, name, locked(getattr(engine, name)))
 
     def wake() -> None:

@@ -75,7 +75,7 @@ class ElasticScheduler:
         self._name = who.name
         self._shape = shape
         self._short = False
-        self._hopeless: dict[str, int] = {}  # request id -> client index: can never fit
+        self._hopeless: set[str] = set()  # ids of requests that can never fit
         logger.info(
             "kvcached: %s on %s: %d blocks of %s, pages of %s, capacity %s",
             who.name,
@@ -189,7 +189,7 @@ class ElasticScheduler:
             most * tokens,
             format_size(most * self._shape.block_bytes),
         )
-        self._hopeless[request.request_id] = request.client_index
+        self._hopeless.add(request.request_id)
 
     def most_blocks(self) -> int:
         """The blocks that this instance could have if the others kept only what is theirs."""
@@ -197,9 +197,8 @@ class ElasticScheduler:
         return min(pages * self._shape.blocks_per_page, self._shape.num_blocks) - 1
 
     def _fail_hopeless(self, outputs: Any) -> Any:
-        failed = dict(self._hopeless)
-        self._hopeless.clear()
-        finished = super().finish_requests(list(failed), RequestStatus.FINISHED_ERROR)  # type: ignore[misc]
+        failed, self._hopeless = self._hopeless, set()
+        finished = super().finish_requests(failed, RequestStatus.FINISHED_ERROR)  # type: ignore[misc]
         for request in finished:
             batch = outputs.setdefault(request.client_index, EngineCoreOutputs())
             batch.outputs.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ from kvcached.config import Config
 from kvcached.engines.vllm import device, geometry, identity
 from kvcached.errors import EngineError
 from kvcached.views import int8_tensor
-
-logger = logging.getLogger(__name__)
 
 
 class AnswerZeros(TorchFunctionMode):  # type: ignore[misc]
