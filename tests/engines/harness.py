@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -50,12 +51,14 @@ def switched_on(folder: Path, capacity: int, **more: str) -> dict[str, str]:
     }
 
 
-def wait_until(condition: Callable[[], Any], limit_s: float, what: str) -> float:
+def wait_until(
+    condition: Callable[[], Any], limit_s: float, what: str, every_s: float = 0.005
+) -> float:
     """Seconds until the condition holds; fails when it does not in time."""
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < limit_s, f"not within {limit_s} s: {what}"
-        time.sleep(0.005)
+        time.sleep(every_s)
     return time.monotonic() - start
 
 
@@ -112,6 +115,12 @@ class LlmProcess:
         end_session(self.process)
 
 
+def p99(values: Sequence[float]) -> float:
+    """The 99th percentile; NaN of nothing."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] if ordered else math.nan
+
+
 class MemoryWatch:
     """Samples the memfds of engines from outside, every few milliseconds, in a thread."""
 
@@ -126,11 +135,12 @@ class MemoryWatch:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _total(self) -> int:
-        now = time.monotonic()
-        return sum(
-            self._watches.setdefault(session, SessionWatch(session)).physical_bytes(now)
-            for session in self._sessions()
-        )
+        total = 0
+        for session in self._sessions():
+            if session not in self._watches:
+                self._watches[session] = SessionWatch(session)
+            total += self._watches[session].physical_bytes()
+        return total
 
     def _run(self) -> None:
         while not self._end.wait(self.INTERVAL_S):
@@ -204,7 +214,7 @@ class Server:
 
     def wait(self, limit_s: float = 240.0) -> None:
         assert self.engine is not None
-        wait_until(self.engine.healthy, limit_s, f"{self.name} healthy")
+        wait_until(self.engine.healthy, limit_s, f"{self.name} healthy", every_s=0.1)
 
     def stop(self) -> None:
         if self.engine is not None:
@@ -296,10 +306,6 @@ class Load:
 
     def ttft_s(self) -> list[float]:
         return sorted(a.ttft_s for _, a in self.answers if a.ttft_s is not None)
-
-    def p99_s(self) -> float:
-        times = self.ttft_s()
-        return times[min(len(times) - 1, int(len(times) * 0.99))] if times else float("nan")
 
     def failures(self) -> list[str]:
         return [a.error for _, a in self.answers if not a.ok]

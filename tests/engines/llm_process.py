@@ -57,7 +57,7 @@ def ledger_facts() -> dict[str, int]:
     with Ledger.open(config.directory, str(config.device), create=False, read_only=True) as ledger:
         snapshot = ledger.snapshot()
         (account,) = snapshot.accounts
-        physical = SessionWatch(os.getsid(0)).physical_bytes(time.monotonic())
+        physical = SessionWatch(os.getsid(0)).physical_bytes()
         return {
             "charge": account.charge,
             "created": account.created,

@@ -19,16 +19,16 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from kvcached.demo.processes import session_processes
+from kvcached.demo.processes import is_in_session, session_processes
 from kvcached.errors import KvcachedError
 
 INTERVAL_S = 0.003
-PROCESS_SCAN_S = 0.2
+SLICE_ENTRIES = 8
 STOP_LIMIT_S = 5.0
 MEMFD_PREFIX = "/memfd:kvcached:"
 
@@ -43,10 +43,12 @@ class _ProcessWatch:
     def __init__(self, pid: int) -> None:
         self.folder = f"/proc/{pid}/fd"
         self.holds_memory = False
+        self.fresh = True  # not read yet
         self._known: dict[str, tuple[int, bool]] = {}  # descriptor -> inode, whether it is ours
 
     def add_to(self, blocks: dict[int, int]) -> None:
         """Adds bytes by inode. Raises OSError when the process is gone."""
+        self.fresh = False
         for number in os.listdir(self.folder):
             known = self._known.get(number)
             if known is not None and not known[1]:
@@ -73,30 +75,44 @@ class _ProcessWatch:
 class SessionWatch:
     """The memfds of all processes of one engine; a memfd that two of them hold counts once.
 
-    A process that has never held one is looked at with each scan for processes only: most of an
-    engine's processes map no memory, and reading their descriptors would slow the engine down.
+    Processes that have held one are read at each sample. Looking for new processes, and at those
+    that have never held one, takes longer than a sample may: it is done in slices.
     """
 
     def __init__(self, session: int) -> None:
         self._session = session
         self._processes: dict[int, _ProcessWatch] = {}
-        self._scanned_s = 0.0
+        self._due: _ProcessWatch | None = None
+        for pid in session_processes(session):
+            self._processes[pid] = _ProcessWatch(pid)
+        self._chores = self._look_around()
 
-    def physical_bytes(self, now_s: float) -> int:
-        scanned = now_s - self._scanned_s >= PROCESS_SCAN_S
-        if scanned:
-            self._scanned_s = now_s
-            for pid in session_processes(self._session):
-                self._processes.setdefault(pid, _ProcessWatch(pid)).forget()
+    def physical_bytes(self) -> int:
+        next(self._chores)
         blocks: dict[int, int] = {}
         for pid, watch in list(self._processes.items()):
-            if not (scanned or watch.holds_memory):
+            if not (watch.holds_memory or watch.fresh or watch is self._due):
                 continue
             try:
                 watch.add_to(blocks)
             except OSError:
                 del self._processes[pid]
         return sum(blocks.values())
+
+    def _look_around(self) -> Iterator[None]:
+        """Never ends; each slice takes a fraction of a millisecond."""
+        while True:
+            for count, entry in enumerate(os.listdir("/proc")):
+                if count % SLICE_ENTRIES == 0:
+                    yield
+                pid = int(entry) if entry.isdigit() else 0
+                if pid and pid not in self._processes and is_in_session(pid, self._session):
+                    self._processes[pid] = _ProcessWatch(pid)
+            for watch in list(self._processes.values()):
+                watch.forget()
+                self._due = watch
+                yield
+            self._due = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +210,7 @@ def main(arguments: Sequence[str]) -> None:
     due_s = time.monotonic()
     while True:
         now_s = time.monotonic()
-        data = record.pack(now_s, *(watch.physical_bytes(now_s) for watch in watches))
+        data = record.pack(now_s, *(watch.physical_bytes() for watch in watches))
         samples += data
         latest[:] = data
         due_s = max(due_s + INTERVAL_S, now_s)

@@ -19,7 +19,7 @@ from kvcached.ledger import Ledger
 from kvcached.units import ceil_div, format_size
 
 # vLLM answers the requests in flight with an error when its engine dies; it gets this long.
-FAREWELL_S = 0.3
+FAREWELL_S = 0.15
 
 
 def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
