@@ -150,10 +150,11 @@ Fault make_fault(int64_t nth, const std::string& code, const std::optional<std::
   static const std::map<std::string, Code> codes = {{"out_of_memory", Code::kOutOfMemory},
                                                     {"driver", Code::kDriver}};
   static const std::map<std::string, Operation> operations = {
-      {"reserve", Operation::kReserve}, {"free_reservation", Operation::kFreeReservation},
-      {"create", Operation::kCreate},   {"map", Operation::kMap},
-      {"access", Operation::kAccess},   {"unmap", Operation::kUnmap},
-      {"release", Operation::kRelease}};
+      {"reserve", Operation::kReserve},     {"free_reservation", Operation::kFreeReservation},
+      {"create", Operation::kCreate},       {"map", Operation::kMap},
+      {"access", Operation::kAccess},       {"unmap", Operation::kUnmap},
+      {"release", Operation::kRelease},     {"record_fence", Operation::kRecordFence},
+      {"fence_done", Operation::kFenceDone}};
   const auto known_code = codes.find(code);
   const auto known_operation = operations.find(operation.value_or(""));
   if (nth < 1 || times < 1 || known_code == codes.end() ||
@@ -186,6 +187,7 @@ void bind_backends(py::module_& module) {
       .def("free_bytes", [](Probe& self) { return memory_info(self).first; })
       .def("total_bytes", [](Probe& self) { return memory_info(self).second; })
       .def("live_handles", &observed_backend<&Probe::live_handles>)
+      .def("live_fences", &observed_backend<&Probe::live_fences>)
       .def("live_reservations", &observed_backend<&Probe::live_reservations>)
       .def("created_bytes", &observed_backend<&Probe::created_bytes>)
       .def("calls", &observed_backend<&Probe::calls>)
@@ -196,7 +198,9 @@ void bind_backends(py::module_& module) {
              int64_t times) { self.inject(make_fault(nth, code, operation, times)); },
           py::arg("nth"), py::arg("code") = "out_of_memory", py::arg("operation") = py::none(),
           py::arg("times") = 1)
-      .def("inject_off", &Probe::inject_off);
+      .def("inject_off", &Probe::inject_off)
+      .def("hold_fences", &Probe::hold_fences, py::arg("hold") = true)
+      .def("pass_fences", &Probe::pass_fences, py::arg("count") = SIZE_MAX);
   module.def(
       "host_backend",
       [](const std::string& name, int min_fd) {
