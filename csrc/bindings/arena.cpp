@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "bare.hpp"
 #include "bindings/bindings.hpp"
 #include "cuda_backend.hpp"
 #include "dlpack.hpp"
@@ -208,6 +209,15 @@ void bind_backends(py::module_& module) {
             [&](std::shared_ptr<Backend>* made) { return HostBackend::open(name, min_fd, made); });
       },
       py::arg("name"), py::arg("min_fd") = -1);
+  module.def(
+      "time_bare_pages",
+      [](Probe& backend, size_t page_bytes, int64_t rounds, bool keep) {
+        BareTimes times;
+        raise_if_failed(without_gil(
+            [&] { return time_bare_pages(backend.inner(), page_bytes, rounds, keep, &times); }));
+        return std::make_pair(times.in_us, times.out_us);
+      },
+      py::arg("backend"), py::arg("page_bytes"), py::arg("rounds"), py::arg("keep"));
   module.def(
       "host_memory_info",
       [](const std::string& proc, const std::string& cgroup) {

@@ -77,6 +77,14 @@ def cuda_backend(ordinal: int) -> Backend:
     virtual memory management.
     """
 
+def time_bare_pages(
+    backend: Backend, page_bytes: int, rounds: int, keep: bool
+) -> tuple[list[float], list[float]]:
+    """For benchmarks: microseconds that a page takes in and out, with the backend's calls alone.
+
+    ``keep``: one handle all the time; otherwise each round creates and releases it.
+    """
+
 class Span:
     """Bytes of an arena, for any framework's ``from_dlpack()``: a one-dimensional int8 tensor."""
 
