@@ -35,9 +35,11 @@ test: build lint  ## lint, then the tests (not the long runs)
 	@echo "== test: pytest without the long runs"
 	@$(PYTHON) -m pytest -m "not slow and not gpu" $(TEST_ARGS)
 
-bench: build  ## the allocator's and the adapter's speed
+bench: build  ## the speed of the allocator, the adapter and the arena
 	@echo "== bench: allocator and pool"
 	@$(PYTHON) -m kvcached.cli.main bench alloc --backend host --json
+	@echo "== bench: a page in and out, beside the bare calls"
+	@$(PYTHON) -m kvcached.cli.main bench vmm --backend host --json
 
 chaos: build  ## every kill and stop of every process, ten times each (long)
 	@echo "== chaos: kills and stops"

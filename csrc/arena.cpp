@@ -74,6 +74,7 @@ Arena::Arena(std::shared_ptr<Backend> backend, ArenaOptions options)
 
 Arena::~Arena() {
   if (backend_->inherited()) return;
+  CallScope calls(*backend_);
   pages_.clear();
   store_.close();
   // Addresses with a mapping that will not go away are better leaked than handed to someone else.
@@ -83,6 +84,11 @@ Arena::~Arena() {
 Status Arena::check_process() const {
   if (!backend_->inherited()) return Status::ok();
   return invalid("it belongs to the process that this one was forked from");
+}
+
+Status Arena::record_fence(uintptr_t stream, Fence* fence) const {
+  Status status = check_process();
+  return status.is_ok() ? Fence::record(backend_, stream, fence) : status;
 }
 
 Status Arena::check_pages(const std::vector<int64_t>& pages, bool mapped) const {
@@ -96,6 +102,7 @@ Status Arena::check_pages(const std::vector<int64_t>& pages, bool mapped) const 
                      (mapped ? " is not mapped" : " is mapped already"));
     }
   }
+  if (pages.size() < 2) return Status::ok();
   std::vector<int64_t> sorted = pages;
   std::sort(sorted.begin(), sorted.end());
   const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
@@ -128,6 +135,7 @@ Status Arena::map(const std::vector<int64_t>& pages, int64_t* grown) {
   std::lock_guard<std::mutex> lock(mutex_);
   status = check_pages(pages, false);
   if (!status.is_ok()) return status;
+  CallScope calls(*backend_);
   const int64_t before = created();
   store_.retry();
   {
@@ -153,6 +161,7 @@ Status Arena::unmap(const std::vector<int64_t>& pages, int64_t* released) {
   std::lock_guard<std::mutex> lock(mutex_);
   status = check_pages(pages, true);
   if (!status.is_ok()) return status;
+  CallScope calls(*backend_);
   const int64_t before = created();
   store_.retry();
   for (const int64_t page : pages) Page().swap(pages_[static_cast<size_t>(page)]);
@@ -166,6 +175,7 @@ Status Arena::trim(size_t keep_bytes, int64_t* released) {
   Status status = check_process();
   if (!status.is_ok()) return status;
   std::lock_guard<std::mutex> lock(mutex_);
+  CallScope calls(*backend_);
   const int64_t before = created();
   store_.retry();
   store_.trim(keep_bytes);
@@ -178,6 +188,7 @@ Status Arena::retry_quarantine(int64_t* released) {
   Status status = check_process();
   if (!status.is_ok()) return status;
   std::lock_guard<std::mutex> lock(mutex_);
+  CallScope calls(*backend_);
   const int64_t before = created();
   store_.retry();
   *released = before - created();

@@ -59,6 +59,8 @@ class Arena {
   Status check() const;
   // That [offset, offset+size) lies inside the reservation.
   Status check_range(size_t offset, size_t size) const;
+  // The point behind all work that is enqueued on the device's stream by now.
+  Status record_fence(uintptr_t stream, Fence* fence) const;
   // That this is the process that opened the arena.
   Status check_process() const;
 

@@ -17,6 +17,9 @@ struct Handle {
   size_t size = 0;
 };
 
+// A point in a stream's work, recorded by record_fence() until drop_fence(). 0 is none.
+using FenceId = uint64_t;
+
 // Where tensors over a backend's memory live, in DLPack's numbers.
 struct DlpackDevice {
   int32_t type = 0;
@@ -50,6 +53,19 @@ class Backend {
   // Makes the range fault again. May be repeated after a failure.
   virtual Status unmap(uintptr_t address, size_t size) = 0;
 
+  // A run of calls from one thread: what each of them would set up and take down is done once.
+  // True where it was set up, for end_calls(); see CallScope.
+  virtual bool begin_calls() { return false; }
+  virtual void end_calls() {}
+
+  // Marks the point behind all work that is enqueued on a stream (the device's own handle of it)
+  // by now. Does not wait for that work.
+  virtual Status record_fence(uintptr_t stream, FenceId* fence) = 0;
+  // Whether all work before the fence has finished. Never waits.
+  virtual Status fence_done(FenceId fence, bool* done) = 0;
+  // A driver that will not take a fence back keeps it: a fence is not memory.
+  virtual void drop_fence(FenceId fence) = 0;
+
   // What the device has, as far as this process may see and use it.
   virtual Status memory_info(size_t* free_bytes, size_t* total_bytes) = 0;
 
@@ -62,6 +78,21 @@ class Backend {
 
  private:
   const pid_t owner_;
+};
+
+// Makes the calls of one scope a run.
+class CallScope {
+ public:
+  explicit CallScope(Backend& backend) : backend_(backend), begun_(backend.begin_calls()) {}
+  ~CallScope() {
+    if (begun_) backend_.end_calls();
+  }
+  CallScope(const CallScope&) = delete;
+  CallScope& operator=(const CallScope&) = delete;
+
+ private:
+  Backend& backend_;
+  const bool begun_;
 };
 
 }  // namespace kvcached

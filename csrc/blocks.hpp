@@ -60,6 +60,10 @@ class Blocks {
   bool is_present(int32_t page) const {
     return page >= 0 && page < num_pages_ && present_flag_[page];
   }
+  // Blocks of a page that are in use; 0 for a page that does not exist.
+  int32_t used_in(int32_t page) const {
+    return page >= 0 && page < num_pages_ ? page_used_[page] : 0;
+  }
   void free_ids(std::vector<int32_t>& ids) const;  // free, then cached: the order of alloc
 
   // Adds everything up anew; the message names the first thing that does not fit.

@@ -1,6 +1,14 @@
 #include "cuda_backend.hpp"
 
 namespace kvcached {
+namespace {
+
+constexpr size_t kSpareEvents = 16;
+
+// The backend whose context this thread has made current for a run of calls.
+thread_local const CudaBackend* current_backend = nullptr;
+
+}  // namespace
 
 Status CudaBackend::open(int ordinal, std::shared_ptr<Backend>* backend) {
   const cuda::Driver* driver = nullptr;
@@ -45,21 +53,43 @@ Status CudaBackend::open_device() {
 
 CudaBackend::~CudaBackend() {
   // The driver cannot be used in a forked child.
-  if (context_ != nullptr && !inherited()) driver_.primary_context_release(device_);
+  if (context_ == nullptr || inherited()) return;
+  for (const cuda::Event event : spare_events_) {
+    in_context([&] { return driver_.event_destroy(event); });
+  }
+  driver_.primary_context_release(device_);
 }
 
 std::string CudaBackend::on_device(const std::string& what) const {
   return what + " on CUDA device " + std::to_string(ordinal_);
 }
 
+bool CudaBackend::begin_calls() {
+  if (current_backend != nullptr || driver_.context_push(context_) != cuda::kSuccess) return false;
+  current_backend = this;
+  return true;
+}
+
+void CudaBackend::end_calls() {
+  current_backend = nullptr;
+  cuda::Context popped = nullptr;
+  driver_.context_pop(&popped);
+}
+
+template <typename Call>
+cuda::Result CudaBackend::in_context(Call&& call) const {
+  if (current_backend == this) return call();
+  cuda::Result result = driver_.context_push(context_);
+  if (result != cuda::kSuccess) return result;
+  result = call();
+  cuda::Context popped = nullptr;
+  driver_.context_pop(&popped);
+  return result;
+}
+
 template <typename Call>
 Status CudaBackend::call(const char* what, Call&& call) const {
-  cuda::Result result = driver_.context_push(context_);
-  if (result == cuda::kSuccess) {
-    result = call();
-    cuda::Context popped = nullptr;
-    driver_.context_pop(&popped);
-  }
+  const cuda::Result result = in_context(call);
   return result == cuda::kSuccess ? Status::ok() : driver_.status(result, on_device(what));
 }
 
@@ -99,6 +129,50 @@ Status CudaBackend::map(uintptr_t address, Handle handle, bool* placed) {
 
 Status CudaBackend::unmap(uintptr_t address, size_t size) {
   return call("unmapping a page", [&] { return driver_.unmap(address, size); });
+}
+
+Status CudaBackend::record_fence(uintptr_t stream, FenceId* fence) {
+  cuda::Event event = nullptr;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!spare_events_.empty()) {
+      event = spare_events_.back();
+      spare_events_.pop_back();
+    }
+  }
+  Status status = call("recording a fence", [&] {
+    if (event == nullptr) {
+      const cuda::Result made = driver_.event_create(&event, cuda::kEventDisableTiming);
+      if (made != cuda::kSuccess) return made;
+    }
+    return driver_.event_record(event, reinterpret_cast<cuda::Stream>(stream));
+  });
+  *fence = reinterpret_cast<FenceId>(event);
+  if (!status.is_ok() && event != nullptr) drop_fence(*fence);
+  return status;
+}
+
+Status CudaBackend::fence_done(FenceId fence, bool* done) {
+  cuda::Result answer = cuda::kSuccess;
+  const auto event = reinterpret_cast<cuda::Event>(fence);
+  Status status = call("asking for a fence", [&] {
+    answer = driver_.event_query(event);
+    return answer == cuda::kErrorNotReady ? cuda::kSuccess : answer;
+  });
+  *done = answer == cuda::kSuccess && status.is_ok();
+  return status;
+}
+
+void CudaBackend::drop_fence(FenceId fence) {
+  const auto event = reinterpret_cast<cuda::Event>(fence);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (spare_events_.size() < kSpareEvents) {
+      spare_events_.push_back(event);
+      return;
+    }
+  }
+  in_context([&] { return driver_.event_destroy(event); });
 }
 
 Status CudaBackend::memory_info(size_t* free_bytes, size_t* total_bytes) {

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
+#include <vector>
 
 #include "backend.hpp"
 #include "driver.hpp"
@@ -27,6 +29,11 @@ class CudaBackend : public Backend {
   Status release(Handle handle) override;
   Status map(uintptr_t address, Handle handle, bool* placed) override;
   Status unmap(uintptr_t address, size_t size) override;
+  bool begin_calls() override;
+  void end_calls() override;
+  Status record_fence(uintptr_t stream, FenceId* fence) override;
+  Status fence_done(FenceId fence, bool* done) override;
+  void drop_fence(FenceId fence) override;
   Status memory_info(size_t* free_bytes, size_t* total_bytes) override;
 
  private:
@@ -34,6 +41,8 @@ class CudaBackend : public Backend {
   Status open_device();
   std::string on_device(const std::string& what) const;
   // Runs one driver call with the device's context current.
+  template <typename Call>
+  cuda::Result in_context(Call&& call) const;
   template <typename Call>
   Status call(const char* what, Call&& call) const;
 
@@ -44,6 +53,8 @@ class CudaBackend : public Backend {
   cuda::AllocationProperties properties_{};
   cuda::AccessDescription access_{};
   size_t granularity_ = 0;
+  std::mutex mutex_;                       // guards what follows
+  std::vector<cuda::Event> spare_events_;  // dropped fences, for the next ones
 };
 
 }  // namespace kvcached

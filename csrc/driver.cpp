@@ -41,6 +41,10 @@ class LazyDriver {
     find("cuMemMap", &driver_.map);
     find("cuMemSetAccess", &driver_.set_access);
     find("cuMemUnmap", &driver_.unmap);
+    find("cuEventCreate", &driver_.event_create);
+    find("cuEventRecord", &driver_.event_record);
+    find("cuEventQuery", &driver_.event_query);
+    find("cuEventDestroy_v2", &driver_.event_destroy);
   }
 
   Status load() {

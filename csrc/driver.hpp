@@ -16,9 +16,12 @@ constexpr Result kErrorOutOfMemory = 2;
 constexpr Result kErrorNotInitialized = 3;
 constexpr Result kErrorDeinitialized = 4;
 constexpr Result kErrorNoDevice = 100;
+constexpr Result kErrorNotReady = 600;
 
 using Device = int;                  // CUdevice
 using Context = struct ContextTag*;  // CUcontext
+using Stream = struct StreamTag*;    // CUstream
+using Event = struct EventTag*;      // CUevent
 using DevicePointer = uint64_t;      // CUdeviceptr
 using MemoryHandle = uint64_t;       // CUmemGenericAllocationHandle
 
@@ -27,6 +30,7 @@ constexpr int kAllocationPinned = 1;          // CU_MEM_ALLOCATION_TYPE_PINNED
 constexpr int kLocationDevice = 1;            // CU_MEM_LOCATION_TYPE_DEVICE
 constexpr int kAccessReadWrite = 3;           // CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 constexpr int kGranularityMinimum = 0;        // CU_MEM_ALLOC_GRANULARITY_MINIMUM
+constexpr unsigned kEventDisableTiming = 2;   // CU_EVENT_DISABLE_TIMING
 
 struct MemoryLocation {  // CUmemLocation
   int type;
@@ -78,6 +82,10 @@ struct Driver {
   Result (*map)(DevicePointer, size_t size, size_t offset, MemoryHandle, unsigned long long flags);
   Result (*set_access)(DevicePointer, size_t size, const AccessDescription*, size_t count);
   Result (*unmap)(DevicePointer, size_t size);
+  Result (*event_create)(Event*, unsigned int flags);
+  Result (*event_record)(Event, Stream);
+  Result (*event_query)(Event);
+  Result (*event_destroy)(Event);
 
   // kOk, or what the driver answered to `what` in its own words.
   Status status(Result result, const std::string& what) const;

@@ -17,6 +17,29 @@ Reservation::~Reservation() {
   if (!status.is_ok()) status = backend_->free_reservation(address_, size_);
 }
 
+Status Fence::record(std::shared_ptr<Backend> backend, uintptr_t stream, Fence* fence) {
+  FenceId id = 0;
+  Status status = backend->record_fence(stream, &id);
+  if (!status.is_ok()) return status;
+  fence->drop();
+  fence->backend_ = std::move(backend);
+  fence->id_ = id;
+  return status;
+}
+
+Fence& Fence::operator=(Fence&& other) noexcept {
+  if (this == &other) return *this;
+  drop();
+  backend_ = std::move(other.backend_);
+  id_ = other.id_;
+  return *this;
+}
+
+void Fence::drop() noexcept {
+  if (backend_ != nullptr && !backend_->inherited()) backend_->drop_fence(id_);
+  backend_.reset();
+}
+
 PageHandle& PageHandle::operator=(PageHandle&& other) noexcept {
   if (this == &other) return *this;
   if (store_ != nullptr) store_->give_back(handle_);

@@ -32,6 +32,25 @@ class Reservation {
   size_t size_ = 0;
 };
 
+// A point in a stream's work before which a page may not be unmapped. Drops itself.
+class Fence {
+ public:
+  Fence() = default;
+  ~Fence() { drop(); }
+  Fence(Fence&& other) noexcept { *this = std::move(other); }
+  Fence& operator=(Fence&& other) noexcept;
+
+  static Status record(std::shared_ptr<Backend> backend, uintptr_t stream, Fence* fence);
+  Status done(bool* done) const { return backend_->fence_done(id_, done); }
+  explicit operator bool() const { return backend_ != nullptr; }
+
+ private:
+  void drop() noexcept;
+
+  std::shared_ptr<Backend> backend_;
+  FenceId id_ = 0;
+};
+
 class HandleStore;
 
 // One handle that is placed nowhere. Goes back to its store when it dies.

@@ -185,6 +185,16 @@ Status HostBackend::unmap(uintptr_t address, size_t size) {
   return Status::ok();
 }
 
+Status HostBackend::record_fence(uintptr_t, FenceId* fence) {
+  *fence = ++fences_;
+  return Status::ok();
+}
+
+Status HostBackend::fence_done(FenceId, bool* done) {
+  *done = true;
+  return Status::ok();
+}
+
 Status HostBackend::memory_info(size_t* free_bytes, size_t* total_bytes) {
   return host_memory_info(free_bytes, total_bytes);
 }

@@ -1,6 +1,7 @@
 // Host memory as a device: pages of a memfd mapped into PROT_NONE reservations.
 #pragma once
 
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -41,6 +42,10 @@ class HostBackend : public Backend {
   Status release(Handle handle) override;
   Status map(uintptr_t address, Handle handle, bool* placed) override;
   Status unmap(uintptr_t address, size_t size) override;
+  // Work on host memory is done when the call that does it returns: nothing is ever outstanding.
+  Status record_fence(uintptr_t stream, FenceId* fence) override;
+  Status fence_done(FenceId fence, bool* done) override;
+  void drop_fence(FenceId) override {}
   Status memory_info(size_t* free_bytes, size_t* total_bytes) override;
 
  private:
@@ -50,6 +55,7 @@ class HostBackend : public Backend {
   const std::string name_;
   const int min_fd_;
   const size_t granularity_;
+  std::atomic<FenceId> fences_{0};
   std::mutex mutex_;  // guards what follows; mmap and munmap need no lock of ours
   ForkClosedFd memfd_;
   ExtentSpace extents_;

@@ -1,5 +1,6 @@
 #include "probe.hpp"
 
+#include <algorithm>
 #include <string>
 
 namespace kvcached {
@@ -66,6 +67,47 @@ Status Probe::unmap(uintptr_t address, size_t size) {
   return status.is_ok() ? inner_->unmap(address, size) : status;
 }
 
+Status Probe::record_fence(uintptr_t stream, FenceId* fence) {
+  Status status = count(Operation::kRecordFence, "record_fence");
+  if (status.is_ok()) status = inner_->record_fence(stream, fence);
+  if (!status.is_ok()) return status;
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++fences_;
+  if (hold_) held_.push_back(*fence);
+  return status;
+}
+
+Status Probe::fence_done(FenceId fence, bool* done) {
+  *done = false;
+  Status status = count(Operation::kFenceDone, "fence_done");
+  if (!status.is_ok()) return status;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (std::find(held_.begin(), held_.end(), fence) != held_.end()) return status;
+  }
+  return inner_->fence_done(fence, done);
+}
+
+void Probe::drop_fence(FenceId fence) {
+  {
+    // Before the backend may hand the same fence out again.
+    std::lock_guard<std::mutex> lock(mutex_);
+    --fences_;
+    held_.erase(std::remove(held_.begin(), held_.end(), fence), held_.end());
+  }
+  inner_->drop_fence(fence);
+}
+
+void Probe::hold_fences(bool hold) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  hold_ = hold;
+}
+
+void Probe::pass_fences(size_t count) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  held_.erase(held_.begin(), held_.begin() + static_cast<long>(std::min(count, held_.size())));
+}
+
 Status Probe::memory_info(size_t* free_bytes, size_t* total_bytes) {
   return inner_->memory_info(free_bytes, total_bytes);
 }
@@ -83,6 +125,11 @@ size_t Probe::created_bytes() const {
 int64_t Probe::live_reservations() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return reservations_;
+}
+
+int64_t Probe::live_fences() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return fences_;
 }
 
 int64_t Probe::calls() const {

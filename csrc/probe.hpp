@@ -1,9 +1,10 @@
-// Wraps any backend: counts what is live, and refuses the n-th call where a test asks for it.
+// Wraps any backend: counts what is live, and refuses calls or holds fences open where a test asks
+// for it.
 #pragma once
 
 #include <memory>
 #include <mutex>
-#include <unordered_map>
+#include <vector>
 
 #include "backend.hpp"
 
@@ -20,6 +21,8 @@ enum class Operation : int32_t {
   kAccess,
   kUnmap,
   kRelease,
+  kRecordFence,
+  kFenceDone,
 };
 
 struct Fault {
@@ -42,16 +45,30 @@ class Probe : public Backend {
   Status release(Handle handle) override;
   Status map(uintptr_t address, Handle handle, bool* placed) override;
   Status unmap(uintptr_t address, size_t size) override;
+  bool begin_calls() override { return inner_->begin_calls(); }
+  void end_calls() override { inner_->end_calls(); }
+  Status record_fence(uintptr_t stream, FenceId* fence) override;
+  Status fence_done(FenceId fence, bool* done) override;
+  void drop_fence(FenceId fence) override;
   Status memory_info(size_t* free_bytes, size_t* total_bytes) override;
 
   // What exists now, over all arenas of this backend.
   int64_t live_handles() const;
   size_t created_bytes() const;
   int64_t live_reservations() const;
+  int64_t live_fences() const;
 
   int64_t calls() const;
   void inject(Fault fault);
   void inject_off();
+
+  // From now on fences are recorded as held: they are not done, whatever the device says, until
+  // they are let pass, the oldest first. `hold` false lets later ones be recorded as usual.
+  void hold_fences(bool hold);
+  void pass_fences(size_t count);
+
+  // The backend itself, without counting.
+  Backend& inner() const { return *inner_; }
 
  private:
   Status count(Operation operation, const char* name);
@@ -60,6 +77,9 @@ class Probe : public Backend {
   mutable std::mutex mutex_;
   int64_t handles_ = 0;
   int64_t reservations_ = 0;
+  int64_t fences_ = 0;
+  bool hold_ = false;
+  std::vector<FenceId> held_;  // oldest first
   size_t created_bytes_ = 0;
   int64_t calls_ = 0;
   int64_t seen_ = 0;  // calls that the fault counts, since inject()

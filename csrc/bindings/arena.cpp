@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "bare.hpp"
 #include "bindings/bindings.hpp"
 #include "cuda_backend.hpp"
 #include "dlpack.hpp"
@@ -150,10 +151,11 @@ Fault make_fault(int64_t nth, const std::string& code, const std::optional<std::
   static const std::map<std::string, Code> codes = {{"out_of_memory", Code::kOutOfMemory},
                                                     {"driver", Code::kDriver}};
   static const std::map<std::string, Operation> operations = {
-      {"reserve", Operation::kReserve}, {"free_reservation", Operation::kFreeReservation},
-      {"create", Operation::kCreate},   {"map", Operation::kMap},
-      {"access", Operation::kAccess},   {"unmap", Operation::kUnmap},
-      {"release", Operation::kRelease}};
+      {"reserve", Operation::kReserve},     {"free_reservation", Operation::kFreeReservation},
+      {"create", Operation::kCreate},       {"map", Operation::kMap},
+      {"access", Operation::kAccess},       {"unmap", Operation::kUnmap},
+      {"release", Operation::kRelease},     {"record_fence", Operation::kRecordFence},
+      {"fence_done", Operation::kFenceDone}};
   const auto known_code = codes.find(code);
   const auto known_operation = operations.find(operation.value_or(""));
   if (nth < 1 || times < 1 || known_code == codes.end() ||
@@ -186,6 +188,7 @@ void bind_backends(py::module_& module) {
       .def("free_bytes", [](Probe& self) { return memory_info(self).first; })
       .def("total_bytes", [](Probe& self) { return memory_info(self).second; })
       .def("live_handles", &observed_backend<&Probe::live_handles>)
+      .def("live_fences", &observed_backend<&Probe::live_fences>)
       .def("live_reservations", &observed_backend<&Probe::live_reservations>)
       .def("created_bytes", &observed_backend<&Probe::created_bytes>)
       .def("calls", &observed_backend<&Probe::calls>)
@@ -196,7 +199,9 @@ void bind_backends(py::module_& module) {
              int64_t times) { self.inject(make_fault(nth, code, operation, times)); },
           py::arg("nth"), py::arg("code") = "out_of_memory", py::arg("operation") = py::none(),
           py::arg("times") = 1)
-      .def("inject_off", &Probe::inject_off);
+      .def("inject_off", &Probe::inject_off)
+      .def("hold_fences", &Probe::hold_fences, py::arg("hold") = true)
+      .def("pass_fences", &Probe::pass_fences, py::arg("count") = SIZE_MAX);
   module.def(
       "host_backend",
       [](const std::string& name, int min_fd) {
@@ -204,6 +209,15 @@ void bind_backends(py::module_& module) {
             [&](std::shared_ptr<Backend>* made) { return HostBackend::open(name, min_fd, made); });
       },
       py::arg("name"), py::arg("min_fd") = -1);
+  module.def(
+      "time_bare_pages",
+      [](Probe& backend, size_t page_bytes, int64_t rounds, bool keep) {
+        BareTimes times;
+        raise_if_failed(without_gil(
+            [&] { return time_bare_pages(backend.inner(), page_bytes, rounds, keep, &times); }));
+        return std::make_pair(times.in_us, times.out_us);
+      },
+      py::arg("backend"), py::arg("page_bytes"), py::arg("rounds"), py::arg("keep"));
   module.def(
       "host_memory_info",
       [](const std::string& proc, const std::string& cgroup) {

@@ -13,6 +13,7 @@ void raise_if_failed(const Status& status);
 void bind_arena(pybind11::module_& module);
 void bind_block_queue(pybind11::module_& module);
 void bind_blocks(pybind11::module_& module);
+void bind_mapper(pybind11::module_& module);
 void bind_segment(pybind11::module_& module);
 
 }  // namespace kvcached

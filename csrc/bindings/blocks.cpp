@@ -118,6 +118,7 @@ void bind_blocks(py::module_& module) {
           py::arg("count"))
       .def("available", &Blocks::available)
       .def("is_present", &Blocks::is_present, py::arg("page"))
+      .def("used_in", &Blocks::used_in, py::arg("page"))
       .def("check", [](const Blocks& blocks) { raise_if_failed(blocks.check()); })
       .def_property_readonly("free_blocks", &Blocks::free_blocks)
       .def_property_readonly("cached_blocks", &Blocks::cached_blocks)

@@ -45,5 +45,6 @@ PYBIND11_MODULE(vmm_ops, module) {
   kvcached::bind_arena(module);
   kvcached::bind_blocks(module);
   kvcached::bind_segment(module);
+  kvcached::bind_mapper(module);
   module.def("end_with", &kvcached::end_with, py::arg("pids"), py::arg("grace_s") = 0.0);
 }

@@ -124,7 +124,8 @@ std::unique_ptr<AccountHandle> join(const std::shared_ptr<Segment>& segment,
   return account;
 }
 
-std::unique_ptr<MemberHandle> attach(const std::shared_ptr<Segment>& segment,
+// Shared with the mapper that keeps its books.
+std::shared_ptr<MemberHandle> attach(const std::shared_ptr<Segment>& segment,
                                      const std::string& instance, const std::string& name,
                                      int64_t pinned) {
   std::unique_ptr<MemberHandle> member;
@@ -238,7 +239,8 @@ void bind_account(py::module_& module) {
 }
 
 void bind_member(py::module_& module) {
-  py::class_<MemberHandle>(module, "Member", "A mapping process's side of an account.")
+  py::class_<MemberHandle, std::shared_ptr<MemberHandle>>(module, "Member",
+                                                          "A mapping process's side of an account.")
       .def("set_demand",
            [](MemberHandle& member, int64_t size) { member.set_demand(checked(size)); })
       .def("pin", &pin)

@@ -11,24 +11,27 @@ import logging
 import time
 from collections.abc import Sequence
 
-from kvcached.errors import DriverError, KvcachedError, OutOfMemoryError
+from kvcached.errors import KvcachedError, OutOfMemoryError
 from kvcached.layout import BlockLayout
 from kvcached.ledger import Account, Ledger, Member
 from kvcached.pages import Commands, PagePool
 from kvcached.units import format_size
-from kvcached.vmm_ops import Arena, Backend, Blocks
+from kvcached.vmm_ops import Arena, Backend, Blocks, Mapper
 
 logger = logging.getLogger(__name__)
 
 PINNED_PAGE = 0
 _RETRY_S = 0.01
+_ANSWER_S = 5.0  # what a driver may take to answer at all
+_CLOSE_S = 5.0
 
 
 class PageMapper:
     """Maps pages of one instance in this process and accounts for them.
 
     Construction reserves the addresses and maps the pinned page; where the device's memory is in
-    active use by others it waits for that, and says so. Not thread-safe: one worker thread.
+    active use by others it waits for that, and says so. A thread of the core does the mapping
+    (``vmm_ops.Mapper``). Not thread-safe: one worker thread.
     """
 
     def __init__(
@@ -45,33 +48,64 @@ class PageMapper:
         self._member = member
         self._map_timeout_s = map_timeout_s
         self._quarantined = 0
-        self.arena = Arena(backend, layout.arena_regions(), layout.num_pages, layout.size_bytes)
-        self._pin()
+        # Handles are kept while the mapper has a use for them; it releases them when it has none.
+        self.arena = Arena(
+            backend,
+            layout.arena_regions(),
+            layout.num_pages,
+            layout.size_bytes,
+            pool_bytes=layout.size_bytes,
+        )
+        self.core = Mapper(self.arena, member.core)
+        try:
+            self._pin()
+        except KvcachedError:
+            self.core.close()
+            raise
 
-    def apply(self, commands: Commands) -> None:
-        """Carries out commands: unmaps, tells the ledger what was released, then maps.
+    def apply(self, commands: Commands, stream: int = 0) -> None:
+        """Carries out commands: returns when the pages that the step needs are mapped.
+
+        Pages are unmapped once the work that is enqueued on ``stream`` (the device's handle of
+        it; 0 is the default stream) by now has finished, and others are mapped ahead, while the
+        engine goes on. A page that is needed again before it was unmapped is kept.
 
         Raises OutOfMemoryError where the device refuses leased memory for longer than the map
         timeout, naming the device, the bytes and who holds them, and DriverError where it refuses
         for another reason. The ledger then says what exists, the pages are not mapped.
         """
-        if commands.unmap:
-            self.arena.unmap(commands.unmap)
-            self._book_what_exists()
+        self.core.submit(commands.unmap, commands.map, commands.ahead, stream)
         if commands.map:
-            # Booked before it exists: a reader may see too much for a moment, never too little.
-            self._member.created(len(commands.map) * self.layout.page_bytes)
-            self._map_booked(commands.map)
+            self._wait(commands.map)
+        self._report_quarantine()
 
-    def close(self) -> None:
-        """Unmaps everything and leaves the ledger."""
-        mapped = self.arena.mapped_pages()
-        if mapped:
-            self.arena.unmap(mapped)
-        self.arena.trim()
-        self.arena.retry_quarantine()
-        self._book_what_exists()
-        self._member.close()
+    def drain(self, timeout_s: float) -> bool:
+        """Waits until nothing is on its way any more; False if the time was not enough."""
+        return self.core.drain(timeout_s)
+
+    def close(self, stream: int = 0) -> None:
+        """Unmaps everything behind the work on ``stream``, and leaves the ledger.
+
+        Where that work does not end in time, its memory stays mapped, and charged as long as this
+        process lives.
+        """
+        deadline = time.monotonic() + _CLOSE_S
+        self.core.clear(stream)
+        while not (gone := self.core.drain(max(0.0, deadline - time.monotonic()))):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_RETRY_S)
+            self.core.clear(stream)  # a fence that could not be recorded is tried again
+        self.core.close()
+        self._report_quarantine()
+        if gone:
+            self._member.close()
+        else:
+            logger.error(
+                "kvcached: work on %s did not end; %s stay mapped and charged",
+                self._ledger.device,
+                format_size(self._member.held()),
+            )
 
     def _pin(self) -> None:
         size = self.layout.page_bytes
@@ -87,15 +121,16 @@ class PageMapper:
                     self._holders(),
                 )
             time.sleep(_RETRY_S)
-        self._map_booked([PINNED_PAGE])
+        self.core.need([PINNED_PAGE])
+        self._wait([PINNED_PAGE])
 
-    def _map_booked(self, pages: Sequence[int]) -> None:
-        """Maps pages whose bytes are booked already, or corrects the books and raises."""
-        size = len(pages) * self.layout.page_bytes
+    def _wait(self, pages: Sequence[int]) -> None:
+        """Waits until pages are mapped; where the device refuses, asks it again for a while."""
         deadline = time.monotonic() + self._map_timeout_s
         warned = False
         try:
-            while (refusal := self._try_map(pages, size)) is not None:
+            while (refusal := self._refusal(pages, deadline)) is not None:
+                size = self.core.missing(pages) * self.layout.page_bytes
                 if time.monotonic() > deadline:
                     raise OutOfMemoryError(
                         f"{self._ledger.device} refused {format_size(size)} under a lease for "
@@ -109,36 +144,22 @@ class PageMapper:
                     )
                     warned = True
                 time.sleep(_RETRY_S)
+        except KvcachedError:
+            self.core.give_up(pages)
+            raise
         finally:
             self._member.set_demand(0)
-            self._book_what_exists()
 
-    def _try_map(self, pages: Sequence[int], size: int) -> str | None:
-        """Maps the pages; the device's words where it has no memory for them."""
-        # What stays in quarantine comes on top of what the owner has leased for these pages.
-        self.arena.retry_quarantine()
-        extra = self.arena.created_bytes() + size - self._member.held()
-        if extra > 0 and not self._member.pin(extra):
-            return f"no room beside {format_size(self.arena.quarantined_bytes())} in quarantine"
+    def _refusal(self, pages: Sequence[int], deadline: float) -> str | None:
+        """The device's words where it has no memory for the pages; None once they are mapped."""
         try:
-            self.arena.map(pages)
+            mapped = self.core.wait(pages, max(_ANSWER_S, deadline - time.monotonic()))
         except OutOfMemoryError as error:
             return str(error)
-        except DriverError as error:
-            # A page whose unmap was refused is free again when the retry of that succeeds.
-            if not self.arena.quarantined_bytes():
-                raise
-            return str(error)
-        return None
+        return None if mapped else "it does not answer"
 
-    def _book_what_exists(self) -> None:
-        """Makes the ledger say what the arena says: memory in quarantine may have come or gone."""
-        difference = self.arena.created_bytes() - self._member.held()
-        if difference > 0:
-            self._member.created(difference)
-        elif difference < 0:
-            self._member.released(-difference)
-        quarantined = self.arena.quarantined_bytes()
+    def _report_quarantine(self) -> None:
+        quarantined = self.core.quarantined_bytes()
         if quarantined > self._quarantined:
             logger.warning(
                 "kvcached: %s did not take back %s; it stays charged and is tried again: %s",
@@ -156,8 +177,9 @@ class PageMapper:
 class ElasticCache:
     """A whole instance in one process: blocks, pages, lease and mapping.
 
-    ``alloc`` answers None on a shortage; the caller queues or preempts. Commands are applied at
-    once. After an exception of the device's the cache can only be closed. Not thread-safe.
+    ``alloc`` answers None on a shortage; the caller queues or preempts. The pages of the blocks
+    that it hands out are mapped; others are mapped ahead and unmapped a moment later. After an
+    exception of the device's the cache can only be closed. Not thread-safe.
     """
 
     def __init__(
@@ -196,22 +218,26 @@ class ElasticCache:
         if count > blocks.free_blocks and 0 < count <= blocks.num_blocks:
             self.pool.prefer_growth(count)
             if not self.pool.ensure(count):
+                self._settle()  # what was leased on the way is used, or goes back
                 return None
         ids = blocks.alloc(count)
-        self._flush()
+        self._settle()
         return ids
 
     def free(self, ids: Sequence[int], cached: bool = False) -> None:
         """Ends the use of blocks; with ``cached`` their contents stay until others need room."""
         self.pool.blocks.free(ids, cached)
-        self.pool.settle(idle=self.pool.blocks.used_blocks <= 1)
-        self._flush()
+        self._settle()
 
     def relieve(self) -> int:
         """Gives back what others want; returns the bytes."""
         given = self.pool.relieve()
         self._flush()
         return given
+
+    def _settle(self) -> None:
+        self.pool.settle(idle=self.pool.blocks.used_blocks <= 1)
+        self._flush()
 
     def _flush(self) -> None:
         commands = self.pool.take_commands()

@@ -7,11 +7,12 @@ Its decisions leave as commands, which the engine carries to the processes that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvcached.errors import ConfigError, KvcachedError
+from kvcached.traffic import Traffic
 from kvcached.units import ceil_div
 from kvcached.vmm_ops import Blocks
 
@@ -31,10 +32,16 @@ class Lender(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """What the mapping processes must do before the next step: first unmap, then map (page ids)."""
+    """What the mapping processes must do with pages, by id; ``map`` before the next step.
+
+    ``unmap`` waits for the work that may still touch the pages. ``map`` are pages that blocks of
+    the step lie on; a page that was sent ``ahead`` is named again by the first step that uses it.
+    ``ahead`` are pages under a lease that no block uses yet: mapped when there is time.
+    """
 
     unmap: tuple[int, ...]
     map: tuple[int, ...]
+    ahead: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -42,6 +49,7 @@ class PageCounters:
     """Events since the pool was made; plain numbers for logs and statistics."""
 
     mapped: int = 0
+    mapped_ahead: int = 0  # of those, before any block used them
     unmapped: int = 0
     cancelled: int = 0  # wanted again before the command left
     refused: int = 0  # leases refused while blocks were missing
@@ -82,6 +90,10 @@ class PagePool:
         # Both keep insertion order, and neither command has left yet.
         self._to_map: dict[int, None] = {}
         self._to_unmap: dict[int, None] = {}
+        # Sent ahead, and not used since: the device may have refused them.
+        self._ahead: dict[int, None] = {}
+        self._traffic = Traffic(blocks.present_pages - blocks.empty_pages)
+        self._reclaimed_before = 0
 
     # --- growing
 
@@ -150,7 +162,10 @@ class PagePool:
     # --- giving back
 
     def settle(self, idle: bool) -> None:
-        """Gives up warm pages above the watermark: the high one while busy, the low one idle.
+        """Brings the warm pages to what the engine is about to need; called in each step.
+
+        Idle, that is the low watermark at most. Busy, they follow the rate at which pages came
+        into use (``Traffic``), between the watermarks.
 
         Where the cache is bounded, the oldest cached blocks above the bound become free first.
         """
@@ -158,10 +173,30 @@ class PagePool:
             excess = self.blocks.cached_blocks - self._max_cached_blocks
             if excess > 0:
                 self._on_evict(self.blocks.uncache(excess))
+        blocks = self.blocks
+        self._traffic.observe(blocks.present_pages - blocks.empty_pages)
         keep = self._warm_low if idle else self._warm_high
-        excess = self.blocks.empty_pages - keep
+        excess = blocks.empty_pages - keep
         if excess > 0:
-            self._drop(self.blocks.shrink(excess))
+            self._drop(blocks.shrink(excess))
+        elif not idle:
+            self._warm_up(max(self._warm_low, self._traffic.worth_warming(self._warm_high)))
+
+    def _warm_up(self, target: int) -> None:
+        """Grows to so many warm pages, as far as leases are granted at once and nobody waits.
+
+        The target lies between the watermarks and pages are given up only above the high one, so
+        a busy engine does not map and unmap in turn. What others took back is theirs: while
+        pages are being reclaimed none are added.
+        """
+        reclaimed = self.counters.reclaimed - self._reclaimed_before
+        self._reclaimed_before += reclaimed
+        pages = min(target - self.blocks.empty_pages, self._absent())
+        if pages <= 0 or reclaimed or self._account.others_demand() > 0:
+            return
+        affordable = len(self._to_unmap) + self._account.leasable() // self.page_bytes
+        if (pages := min(pages, affordable)) > 0:
+            self._grow(pages)
 
     def relieve(self) -> int:
         """Gives back what others want and cannot lease: warm pages, then whole unused pages of
@@ -212,14 +247,27 @@ class PagePool:
 
     def take_commands(self) -> Commands | None:
         """The waiting commands, handed over: the caller must carry them, in order."""
-        if not self.has_commands():
+        arrived = self._used(self._ahead) if self._ahead else []
+        if not (arrived or self._to_map or self._to_unmap):
             return None
-        commands = Commands(unmap=tuple(self._to_unmap), map=tuple(self._to_map))
+        for page in arrived:
+            del self._ahead[page]
+        needed = self._used(self._to_map)
+        for page in needed:
+            del self._to_map[page]
+        commands = Commands(tuple(self._to_unmap), (*arrived, *needed), tuple(self._to_map))
+        for page in commands.unmap:
+            self._ahead.pop(page, None)
+        self._ahead.update(self._to_map)
         self.counters.unmapped += len(commands.unmap)
-        self.counters.mapped += len(commands.map)
+        self.counters.mapped += len(needed) + len(commands.ahead)
+        self.counters.mapped_ahead += len(commands.ahead)
         self._to_unmap.clear()
         self._to_map.clear()
         return commands
+
+    def _used(self, pages: Iterable[int]) -> list[int]:
+        return [page for page in pages if self.blocks.used_in(page)]
 
     def publish(self) -> None:
         """Writes the pool's numbers into the ledger (plain stores, no lock)."""
@@ -231,7 +279,8 @@ class PagePool:
     def check(self) -> None:
         """Adds everything up; raises KvcachedError naming what does not fit."""
         self.blocks.check()
-        lost = [page for page in self._to_map if not self.blocks.is_present(page)]
+        here = {*self._ahead} - {*self._to_unmap} | {*self._to_map}
+        lost = [page for page in here if not self.blocks.is_present(page)]
         kept = [page for page in self._to_unmap if self.blocks.is_present(page)]
         if lost or kept:
             raise KvcachedError(f"integrity: to map but absent {lost}, to unmap but present {kept}")

@@ -3,7 +3,17 @@ from typing import Any, Literal
 
 # --- arena: backends, reservations and mappings ---
 
-_Operation = Literal["reserve", "free_reservation", "create", "map", "access", "unmap", "release"]
+_Operation = Literal[
+    "reserve",
+    "free_reservation",
+    "create",
+    "map",
+    "access",
+    "unmap",
+    "release",
+    "record_fence",
+    "fence_done",
+]
 
 class Backend:
     """A device's virtual memory. Any thread may use it; a forked child may not."""
@@ -20,6 +30,7 @@ class Backend:
     def total_bytes(self) -> int: ...
     def live_handles(self) -> int: ...
     def live_reservations(self) -> int: ...
+    def live_fences(self) -> int: ...
     def created_bytes(self) -> int:
         """Bytes of all live handles, over all arenas of this backend."""
 
@@ -39,6 +50,11 @@ class Backend:
         """
 
     def inject_off(self) -> None: ...
+    def hold_fences(self, hold: bool = True) -> None:
+        """For tests: fences recorded from now on are not done before they are let pass."""
+
+    def pass_fences(self, count: int = ...) -> None:
+        """For tests: lets so many held fences pass, the oldest first; all if not given."""
 
 def host_backend(name: str, min_fd: int = -1) -> Backend:
     """Host memory: a memfd named ``kvcached:<name>``, its descriptor numbered above ``min_fd``.
@@ -59,6 +75,14 @@ def cuda_backend(ordinal: int) -> Backend:
 
     Raises UnavailableError, with the reason, where there is no driver, no such device or no
     virtual memory management.
+    """
+
+def time_bare_pages(
+    backend: Backend, page_bytes: int, rounds: int, keep: bool
+) -> tuple[list[float], list[float]]:
+    """For benchmarks: microseconds that a page takes in and out, with the backend's calls alone.
+
+    ``keep``: one handle all the time; otherwise each round creates and releases it.
     """
 
 class Span:
@@ -192,6 +216,9 @@ class Blocks:
         """Free and cached blocks."""
 
     def is_present(self, page: int) -> bool: ...
+    def used_in(self, page: int) -> int:
+        """Blocks of a page that are in use."""
+
     def check(self) -> None:
         """Adds everything up; raises InvalidArgumentError naming what does not fit."""
 
@@ -299,6 +326,74 @@ class Member:
     def released(self, size_bytes: int, /) -> None: ...
     def held(self) -> int: ...
     def close(self) -> None: ...
+
+# --- mapper ---
+
+class Mapper:
+    """The mapping thread of an arena: pages come and go while the engine and its device work.
+
+    ``arena`` must be empty, used by nobody else, and opened with a pool of at least its size; the
+    mapper keeps the member's books. Any thread may call any method; the GIL is released. In a
+    forked child every method raises InvalidArgumentError.
+    """
+
+    def __init__(self, arena: Arena, member: Member) -> None: ...
+    def submit(
+        self,
+        unmap: Sequence[int],
+        needed: Sequence[int],
+        ahead: Sequence[int] = (),
+        stream: int = 0,
+    ) -> None:
+        """Commands of the page pool; returns before they are carried out.
+
+        ``unmap``: once the work that is enqueued on the device's ``stream`` by now is done.
+        ``needed``: for the next step; pages that are mapped, or on their way, may be named again.
+        ``ahead``: mapped when there is time; where the device refuses, not tried again before
+        they are needed. Pages that were not
+        wanted until now must be under a lease, and are booked at once; one that is still there is
+        kept, and its new lease refunded. Raises InvalidArgumentError for a page that does not fit
+        (then nothing has changed), LedgerError where the member is closed.
+        """
+
+    def need(self, pages: Sequence[int]) -> None:
+        """Pages that are needed, and whose bytes the member holds already (``Member.pin``)."""
+
+    def clear(self, stream: int = 0) -> None:
+        """Unmaps all pages, once the work that is enqueued on ``stream`` by now is done."""
+
+    def wait(self, pages: Sequence[int], timeout_s: float) -> bool:
+        """Waits until these wanted pages are mapped; False if the time was not enough.
+
+        Pages that were refused are tried once more. Raises, with the device's words, where it
+        refuses: OutOfMemoryError for what may pass (with memory in quarantine, every refusal),
+        or DriverError. The pages stay wanted and charged.
+        """
+
+    def give_up(self, pages: Sequence[int]) -> None:
+        """Refunds those of the pages that are not mapped, until someone waits for them again."""
+
+    def drain(self, timeout_s: float) -> bool:
+        """Waits until the thread has nothing left that it can do.
+
+        False if the time was not enough, or if pages wait for a fence that could not be recorded:
+        the next submission tries again.
+        """
+
+    def missing(self, pages: Sequence[int]) -> int:
+        """How many of the pages are not mapped."""
+
+    def quarantined_bytes(self) -> int:
+        """What the arena has in quarantine; does not wait for work in progress."""
+
+    def counters(self) -> dict[str, int]:
+        """Pages kept, cancelled and ahead_refused; fence_failures."""
+
+    def check(self) -> None:
+        """Add everything up; raises DriverError where the sums differ."""
+
+    def close(self) -> None:
+        """Ends the thread. Pages stay mapped and charged; those not yet mapped are refunded."""
 
 # --- processes that end together ---
 

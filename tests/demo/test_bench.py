@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from kvcached.bench.engine import Round, summary
-from kvcached.cli.bench import _alloc_tables, _engine_table
+from kvcached.bench.vmm import run as run_vmm
+from kvcached.cli.bench import _alloc_tables, _engine_table, _vmm_table
+from kvcached.errors import ConfigError
 from kvcached.units import MIB
 
 
@@ -32,3 +35,24 @@ def test_pools_are_shown_only_where_they_were_measured() -> None:
     for table in _alloc_tables({**result, **pools}):
         Console(file=text, width=120).print(table)
     assert "1.10" in text.getvalue()
+
+
+def test_a_page_is_timed_beside_the_bare_calls() -> None:
+    result = run_vmm("host", 64 << 10, 40)
+    for way in ("in", "out"):
+        for handle in ("kept", "new"):
+            ours, bare = (result[f"{who}_{way}_{handle}_us"] for who in ("page", "bare"))
+            assert ours > 0 and bare > 0
+            ratio = result[f"page_{way}_{handle}_ratio"]
+            assert abs(ratio - ours / bare) < 0.02 * ratio
+    assert 0 < result["arena_open_64gib_ms"] < 10_000
+    assert result["arena_open_host_mib"] < 64, "addresses cost no memory"
+    text = io.StringIO()
+    Console(file=text, width=120).print(_vmm_table(result))
+    assert "64 KiB on host" in text.getvalue() and "out, new handle" in text.getvalue()
+
+
+@pytest.mark.parametrize("name", ["", "cuda", "cuda:x", "hosts"])
+def test_a_backend_that_does_not_exist_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match="expected host or cuda:N"):
+        run_vmm(name, 1, 1)

@@ -110,7 +110,7 @@ def no_maps(job: dict[str, Any]) -> dict[str, Any]:
     from kvcached.cache import PageMapper
 
     remember_arenas()
-    PageMapper.apply = lambda self, commands: None
+    PageMapper.apply = lambda self, commands, stream=0: None
     llm = build(job)
     (arena,) = ARENAS
     print(f"reservation {arena.address:#x} {arena.size:#x}", flush=True)

@@ -36,6 +36,8 @@ class Instance:
         )
         self.blocks = self.pool.blocks
         self.mapped = {0}
+        self.needed = {0}
+        self.unused: set[int] = set()  # mapped ahead, and not needed since
 
     def apply(self, commands: Commands | None) -> Commands:
         """What the mapping process does, in its order."""
@@ -45,13 +47,26 @@ class Instance:
         self.mapped -= set(commands.unmap)
         if commands.unmap:
             self.member.released(len(commands.unmap) * PAGE)
-        assert not set(commands.map) & self.mapped
-        self.mapped |= set(commands.map)
-        self.member.created(len(commands.map) * PAGE)
+        assert not set(commands.ahead) & self.mapped
+        again = set(commands.map) & self.mapped
+        assert again <= self.unused, "only a page that was mapped ahead is named again"
+        self.unused = self.unused - again - set(commands.unmap) | set(commands.ahead)
+        fresh = {*commands.map, *commands.ahead} - self.mapped
+        self.mapped |= fresh
+        self.member.created(len(fresh) * PAGE)
+        return commands
+
+    def take(self) -> Commands | None:
+        """Commands leave: every page that holds used blocks was named as needed by now."""
+        commands = self.pool.take_commands()
+        if commands is not None:
+            self.needed = (self.needed - set(commands.unmap)) | set(commands.map)
+        used = {page for page in range(self.blocks.num_pages) if self.blocks.used_in(page)}
+        assert used <= self.needed
         return commands
 
     def carry(self) -> Commands:
-        return self.apply(self.pool.take_commands())
+        return self.apply(self.take())
 
     def alloc(self, count: int) -> list[int]:
         assert self.pool.ensure(count)
@@ -94,9 +109,10 @@ def test_ensure_leases_whole_pages_and_maps_them_later(one: Instance) -> None:
     assert one.pool.ensure(8)  # 3 are there; 5 more are 2 pages
     one.check()
     assert one.charged_pages == 3 and one.account.core.charge() == 3 * PAGE
-    assert one.carry() == Commands(unmap=(), map=(1, 2))
+    assert one.blocks.alloc(3 + PER_PAGE) is not None
+    assert one.carry() == Commands(unmap=(), map=(1,), ahead=(2,))
     assert one.member.held() == 3 * PAGE
-    assert one.pool.counters.mapped == 2
+    assert (one.pool.counters.mapped, one.pool.counters.mapped_ahead) == (2, 1)
 
 
 def test_a_refused_ensure_changes_nothing_but_the_demand(ledger: Ledger, one: Instance) -> None:
@@ -136,7 +152,7 @@ def test_pages_dropped_before_they_were_mapped_are_never_mapped(one: Instance) -
     one.blocks.free(held)
     one.pool.settle(idle=True)
     assert one.pool.counters.cancelled == 3
-    assert one.carry() == Commands(unmap=(), map=(1,))
+    assert one.carry() == Commands(unmap=(), map=(), ahead=(1,))
     assert one.charged_pages == 2
     one.check()
 
@@ -270,7 +286,7 @@ def test_random_programs_of_two_pools_add_up(ledger: Ledger, seed: int) -> None:
             it.pool.relieve()
         elif action == 6:
             it.pool.give_up(random_.randint(0, 3))
-        commands = it.pool.take_commands() if random_.random() < 0.4 else None
+        commands = it.take() if random_.random() < 0.4 else None
         if commands is not None:
             under_way[which].append(commands)
         while under_way[which] and random_.random() < 0.6:

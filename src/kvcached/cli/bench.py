@@ -54,6 +54,31 @@ def alloc(
 
 
 @app.command()
+def vmm(
+    backend: Annotated[str, typer.Option(help="host, or a GPU: cuda:N.")] = "host",
+    page_size: Annotated[str, typer.Option(help="Size of a page.")] = "2MiB",
+    rounds: Annotated[int, typer.Option(min=1, help="Pages in and out; medians.")] = 400,
+    as_json: AsJson = False,
+) -> None:
+    """What mapping a page costs through our arena, beside the bare driver calls in the same run,
+    and what opening an arena of 64 GiB costs.
+
+    Examples:
+
+      kvcached bench vmm
+
+      kvcached bench vmm --backend cuda:0 --json | jq .page_in_kept_ratio
+    """
+    from kvcached.bench.vmm import run
+
+    result = run(backend, parse_size(page_size, "--page-size"), rounds)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        Console().print(_vmm_table(result))
+
+
+@app.command()
 def engine(
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of rounds, elastic and plain.")] = 5,
     requests: Annotated[
@@ -104,6 +129,32 @@ def _alloc_tables(result: dict[str, Any]) -> list[Table]:
             pools.add_row(key.removesuffix("_us"), f"{ours:.3f}", f"{theirs:.3f}", ratio)
         tables.append(pools)
     return tables
+
+
+def _vmm_table(result: dict[str, Any]) -> Table:
+    size = format_size(result["page_bytes"])
+    table = Table(
+        title=f"A page of {size} on {result['backend']}, microseconds",
+        title_justify="left",
+        caption=f"An arena of 64 GiB with its tensors: {result['arena_open_64gib_ms']:.2f} ms, "
+        f"{result['arena_open_host_mib']:.2f} MiB of host memory",
+        caption_justify="left",
+    )
+    table.add_column("operation")
+    for heading in ("arena", "bare calls", "ratio"):
+        table.add_column(heading, justify="right")
+    for way in ("in", "out"):
+        for handle, words in (("kept", "kept handle"), ("new", "new handle")):
+            ours, bare, ratio = (
+                result[key]
+                for key in (
+                    f"page_{way}_{handle}_us",
+                    f"bare_{way}_{handle}_us",
+                    f"page_{way}_{handle}_ratio",
+                )
+            )
+            table.add_row(f"{way}, {words}", f"{ours:.2f}", f"{bare:.2f}", f"{ratio:.2f}")
+    return table
 
 
 def _engine_table(result: dict[str, Any]) -> Table:

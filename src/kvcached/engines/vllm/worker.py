@@ -79,7 +79,9 @@ class ElasticWorker:
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         commands = scheduler_output.kvcached_commands
         if commands is not None:
-            self.mapper.apply(commands)
+            cuda = torch.cuda
+            stream = cuda.current_stream().cuda_stream if cuda.is_initialized() else 0
+            self.mapper.apply(commands, stream)
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
 
 
