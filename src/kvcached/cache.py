@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvcached.errors import DriverError, KvcachedError, OutOfMemoryError
 from kvcached.layout import BlockLayout
@@ -39,14 +39,19 @@ class PageMapper:
         layout: BlockLayout,
         *,
         map_timeout_s: float,
+        on_refusal: Callable[[], None] | None = None,
     ) -> None:
+        """``on_refusal`` is called when the device refuses leased memory, before it is asked again:
+        whoever accounts for what others use on it may look anew.
+        """
         self.layout = layout
         self._ledger = ledger
         self._member = member
         self._map_timeout_s = map_timeout_s
+        self._on_refusal = on_refusal
         self._quarantined = 0
         self.arena = Arena(backend, layout.arena_regions(), layout.num_pages, layout.size_bytes)
-        self._pin()
+        self._pin([PINNED_PAGE])
 
     def apply(self, commands: Commands) -> None:
         """Carries out commands: unmaps, tells the ledger what was released, then maps.
@@ -63,6 +68,19 @@ class PageMapper:
             self._member.created(len(commands.map) * self.layout.page_bytes)
             self._map_booked(commands.map)
 
+    def hold(self, pages: Iterable[int]) -> None:
+        """Maps those of these pages that are not mapped, before there is a scheduler to lease for
+        them; waits for memory as construction does. ``drop_held`` ends it.
+        """
+        missing = [page for page in sorted(set(pages)) if not self.arena.is_mapped(page)]
+        if missing:
+            self._pin(missing)
+
+    def drop_held(self) -> None:
+        """Unmaps everything but the pinned page. Nothing that uses it may be under way."""
+        held = tuple(page for page in self.arena.mapped_pages() if page != PINNED_PAGE)
+        self.apply(Commands(unmap=held, map=()))
+
     def close(self) -> None:
         """Unmaps everything and leaves the ledger."""
         mapped = self.arena.mapped_pages()
@@ -73,8 +91,8 @@ class PageMapper:
         self._book_what_exists()
         self._member.close()
 
-    def _pin(self) -> None:
-        size = self.layout.page_bytes
+    def _pin(self, pages: Sequence[int]) -> None:
+        size = len(pages) * self.layout.page_bytes
         deadline = None
         while not self._member.pin(size):
             now = time.monotonic()
@@ -87,7 +105,7 @@ class PageMapper:
                     self._holders(),
                 )
             time.sleep(_RETRY_S)
-        self._map_booked([PINNED_PAGE])
+        self._map_booked(pages)
 
     def _map_booked(self, pages: Sequence[int]) -> None:
         """Maps pages whose bytes are booked already, or corrects the books and raises."""
@@ -104,6 +122,8 @@ class PageMapper:
                     )
                 self._member.set_demand(size)  # others give back, so that the device can give
                 if not warned:
+                    if self._on_refusal is not None:
+                        self._on_refusal()
                     logger.warning(
                         "kvcached: %s refuses %s; retrying", self._ledger.device, format_size(size)
                     )
