@@ -5,7 +5,7 @@ BOOTSTRAP ?= python3
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test lint bench chaos soak clean
+.PHONY: help env build demo test lint bench matrix chaos soak clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,13 @@ bench: build  ## the speed of the allocator, the adapter and the arena
 	@echo "== bench: a page in and out, beside the bare calls"
 	@$(PYTHON) -m kvcached.cli.main bench vmm --backend host --json
 
+matrix: build  ## the engine tests with vLLM 0.24, in .venv-0.24/ (long)
+	@echo "== matrix: engine tests with vLLM 0.24"
+	@$(BOOTSTRAP) tools/setup_env.py --vllm 0.24
+	@.venv-0.24/bin/python setup.py --quiet build_ext --inplace > build/core-0.24.log 2>&1 \
+	    || { cat build/core-0.24.log; exit 1; }
+	@.venv-0.24/bin/python -m pytest -m "not slow and not gpu" tests/engines $(TEST_ARGS)
+
 chaos: build  ## every kill and stop of every process, ten times each (long)
 	@echo "== chaos: kills and stops"
 	@$(PYTHON) -m pytest -m "slow" tests/engines $(TEST_ARGS)
@@ -49,7 +56,7 @@ soak: build  ## many seeds of the simulation (long)
 	@echo "== soak: seeded simulation"
 	@$(PYTHON) -m pytest -m "slow" tests/sim $(TEST_ARGS)
 
-clean:  ## remove .venv/, build/ and compiled files
-	@echo "== clean: .venv/, build/ and compiled files"
-	@rm -rf .venv build dist src/*.egg-info src/kvcached/*.so
+clean:  ## remove .venv*/, build/ and compiled files
+	@echo "== clean: .venv*/, build/ and compiled files"
+	@rm -rf .venv .venv-0.24 build dist src/*.egg-info src/kvcached/*.so
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

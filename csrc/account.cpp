@@ -217,6 +217,27 @@ void MemberHandle::set_demand(int64_t size_bytes) {
   if (size_bytes > before) segment_->ring(Bell::kPressure);
 }
 
+Grant MemberHandle::set_aside(int64_t size_bytes) {
+  if (!usable()) return Grant::kUnusable;
+  SegmentGuard guard(segment_->lock_);
+  if (!usable()) return Grant::kUnusable;
+  if (!guard) return Grant::kBusy;
+  if (!segment_->check_usable(true)) return Grant::kUnusable;
+  int64_t before = member().set_aside.exchange(size_bytes);
+  bool had = size_bytes <= before && charges::load(member().demand) == 0;
+  int64_t room = charges::room_beside(segment_->shared(), index_, member_);
+  if (!had && size_bytes > room && segment_->reap_locked() != 0) {
+    room = charges::room_beside(segment_->shared(), index_, member_);
+  }
+  int64_t missing = had || size_bytes == 0 ? 0 : std::max<int64_t>(0, size_bytes - room);
+  member().demand.store(missing);
+  if (size_bytes != before) segment_->changed();
+  if (size_bytes < before) segment_->ring(Bell::kFreed);
+  if (missing == 0) return Grant::kGranted;
+  segment_->ring(Bell::kPressure);
+  return Grant::kRefused;
+}
+
 bool MemberHandle::created(int64_t size_bytes) {
   if (!usable()) return false;
   add(member().created, size_bytes);

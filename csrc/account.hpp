@@ -78,8 +78,12 @@ class MemberHandle {
   // Charges and books bytes that this process is about to create without a lease of the owner.
   Grant pin(int64_t size_bytes);
   void set_demand(int64_t size_bytes);  // leased bytes that the device refuses; 0 when it gave them
-  bool created(int64_t size_bytes);     // bytes under a lease exist now; false: not usable
-  bool released(int64_t size_bytes);    // bytes are gone; false: more than this member holds
+  // Keeps leases off so many bytes, which this process will allocate beside its pages; 0 when it
+  // has. Kept at once in any case; kRefused: others hold them still, and are asked to give back.
+  // What was granted once stays granted.
+  Grant set_aside(int64_t size_bytes);
+  bool created(int64_t size_bytes);   // bytes under a lease exist now; false: not usable
+  bool released(int64_t size_bytes);  // bytes are gone; false: more than this member holds
   int64_t held() const;
   // Release the memory first: what is still booked counts as gone from here on.
   void close();

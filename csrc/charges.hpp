@@ -79,9 +79,27 @@ inline int64_t limit(const Account& account) {
   return std::max(load(account.settings.limit), load(account.name.pinned));
 }
 
-// What leases may use of the device.
+// What leases may use of the device, going by the settings alone: what guarantees are held against.
 inline int64_t lendable(const Header& header) {
   return load(header.settings.capacity) - load(header.settings.headroom);
+}
+
+// The same, less what is in use on the device and is nobody's pages.
+inline int64_t left_by_others(const Header& header) {
+  return lendable(header) - load(header.outside.foreign);
+}
+
+// Bytes that processes will allocate beside their pages: leases leave them alone.
+inline int64_t set_aside(const Shared& shared) {
+  int64_t result = 0;
+  for (uint32_t i = 0, n = account_rows(shared.header); i < n; ++i) {
+    const Account& account = shared.accounts[i];
+    if (!used(account.name.state)) continue;
+    for (uint32_t j = 0, m = member_rows(account); j < m; ++j) {
+      result += load(account.members[j].set_aside);
+    }
+  }
+  return result;
 }
 
 // All accounts but one (`except` may be none: kMaxAccounts).
@@ -120,17 +138,36 @@ inline Room room(const Shared& shared, uint32_t index) {
   Others rest = others(shared, index);
   int64_t mine = charge(account);
   int64_t sure = floor(account);
-  int64_t lent = lendable(shared.header);
+  int64_t lent = left_by_others(shared.header) - set_aside(shared);
   int64_t beyond_floor = rest.claim + std::max(mine, sure) <= lent ? lent - rest.claim - mine : 0;
   int64_t within_floor = std::min(sure - mine, lent - rest.charge - mine);
   int64_t leasable = std::min(std::max(beyond_floor, within_floor), limit(account) - mine);
   return {std::max<int64_t>(0, leasable), rest.charge + mine};
 }
 
-// The most that the account can ever hold under today's settings.
+// The most that the account can ever hold under today's settings, beside what others use today.
 inline int64_t ceiling(const Shared& shared, uint32_t index) {
-  int64_t most = lendable(shared.header) - others(shared, index).floor;
+  int64_t most = left_by_others(shared.header) - others(shared, index).floor;
   return std::max<int64_t>(0, std::min(limit(shared.accounts[index]), most));
+}
+
+// What the member may set aside now: the room beside all charges and beside what others have set
+// aside, or wait to set aside and were there first. All that wait count in the order of their rows,
+// so that of two of them one always goes on.
+inline int64_t room_beside(const Shared& shared, uint32_t index, uint32_t member) {
+  int64_t room = left_by_others(shared.header);
+  for (uint32_t i = 0, n = account_rows(shared.header); i < n; ++i) {
+    const Account& account = shared.accounts[i];
+    if (!used(account.name.state)) continue;
+    room -= charge(account);
+    for (uint32_t j = 0, m = member_rows(account); j < m; ++j) {
+      if (i == index && j == member) continue;
+      const Member& other = account.members[j];
+      bool first = i < index || (i == index && j < member);
+      if (first || load(other.demand) == 0) room -= load(other.set_aside);
+    }
+  }
+  return room;
 }
 
 }  // namespace kvcached::charges

@@ -170,6 +170,14 @@ Status Segment::set_capacity(int64_t capacity_bytes, int64_t headroom_bytes) {
   return Status::ok();
 }
 
+Status Segment::set_foreign(int64_t size_bytes) {
+  if (Status status = check_usable(true); !status) return status;
+  int64_t before = header().outside.foreign.exchange(size_bytes);
+  if (size_bytes != before) changed();
+  if (size_bytes < before) ring(Bell::kFreed);
+  return Status::ok();
+}
+
 void Segment::changed() {
   header().version.version.fetch_add(1);
 }

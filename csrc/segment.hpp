@@ -24,7 +24,7 @@ struct MemberView {
   uint32_t row;
   uint32_t pid;
   bool alive;
-  int64_t created, demand;
+  int64_t created, demand, set_aside;
 };
 
 struct AccountView {
@@ -43,7 +43,8 @@ struct AccountView {
 struct SegmentView {
   std::string device;
   bool consistent;  // nothing changed while this was read
-  int64_t capacity, headroom, high_water, reaps, lock_timeouts, locks_stolen;
+  int64_t capacity, headroom, foreign, set_aside;
+  int64_t high_water, reaps, lock_timeouts, locks_stolen;
   std::vector<AccountView> accounts;
 };
 
@@ -74,6 +75,8 @@ class Segment {
   // `key` is an instance, or a name that only one account has.
   Status configure(const std::string& key, Setting setting, int64_t size_bytes);
   Status set_weight(const std::string& key, double weight);
+  // Says how many bytes of the device are in use and are nobody's pages.
+  Status set_foreign(int64_t size_bytes);
   // -1 leaves a number as it is.
   Status set_capacity(int64_t capacity_bytes, int64_t headroom_bytes);
 

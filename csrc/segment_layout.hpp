@@ -13,7 +13,7 @@
 namespace kvcached::layout {
 
 constexpr char kMagic[8] = {'K', 'V', 'C', 'L', 'E', 'D', 'G', 'R'};
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 constexpr uint32_t kMaxAccounts = 64;
 constexpr uint32_t kMaxMembers = 16;
 constexpr uint32_t kMaxSlots = 1024;
@@ -70,6 +70,12 @@ struct alignas(kLine) Statistics {
   U32 account_rows;  // rows ever used: readers look no further
 };
 
+// Bytes of the device that are in use and are nobody's pages, as last measured: weights,
+// activations, contexts, other programs. Written by whoever measures; the last word counts.
+struct alignas(kLine) Outside {
+  I64 foreign;
+};
+
 struct Header {
   Identity identity;
   Settings settings;
@@ -78,16 +84,18 @@ struct Header {
   Bell pressure;
   VersionLine version;
   Statistics statistics;
+  Outside outside;
 };
 
 // One process that maps memory for an account. Bytes that it holds: created - released, both only
 // grow (over all holders of the row), so that the death of a member is booked with one store.
 struct alignas(kLine) Member {
-  U32 state;     // 0 free, 1 used; under the lock
-  U32 pid;       // under the lock
-  I64 created;   // by the member
-  I64 released;  // by the member; by its reaper once it is dead
-  I64 demand;    // by the member: what it still wants, leased or not
+  U32 state;      // 0 free, 1 used; under the lock
+  U32 pid;        // under the lock
+  I64 created;    // by the member
+  I64 released;   // by the member; by its reaper once it is dead
+  I64 demand;     // by the member: what it still wants, leased or not
+  I64 set_aside;  // by the member, under the lock: what it will allocate beside its pages
 };
 
 // Written under the lock, `state` last when a row appears and first when it goes.
@@ -155,14 +163,14 @@ static_assert(sizeof(Identity) == 3 * kLine && offsetof(Identity, device) == 40)
 static_assert(offsetof(Header, settings) == 192 && offsetof(Header, lock) == 256);
 static_assert(offsetof(Header, freed) == 320 && offsetof(Header, pressure) == 384);
 static_assert(offsetof(Header, version) == 448 && offsetof(Header, statistics) == 512);
-static_assert(sizeof(Header) == 576);
+static_assert(offsetof(Header, outside) == 576 && sizeof(Header) == 640);
 static_assert(sizeof(Member) == kLine && offsetof(Member, created) == 8);
 static_assert(sizeof(AccountName) == 2 * kLine && offsetof(AccountName, instance) == 16);
 static_assert(sizeof(AccountSettings) == kLine && sizeof(Counters) == kLine);
 static_assert(sizeof(Geometry) == kLine && offsetof(Account, geometry) == 320);
 static_assert(sizeof(Scheduler) == kLine && offsetof(Scheduler, leased) == 8);
 static_assert(offsetof(Account, scheduler) == 192 && offsetof(Account, members) == 384);
-static_assert(sizeof(Account) == 1408 && sizeof(Shared) == 576 + 64 * 1408);
+static_assert(sizeof(Account) == 1408 && sizeof(Shared) == 640 + 64 * 1408);
 
 // Locks of the file's bytes tell who lives. They lie far beyond the contents: a byte for each
 // account's owner, for each member, and a slot for each open handle that may take the lock.

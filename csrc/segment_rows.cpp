@@ -56,6 +56,7 @@ Status Segment::find_or_create(const std::string& instance, const std::string& n
     member.created = 0;
     member.released = 0;
     member.demand = 0;
+    member.set_aside = 0;
   }
   if (free >= rows) header().statistics.account_rows = free + 1;
   row.name.state = 1;
@@ -121,6 +122,7 @@ Status Segment::claim_member(uint32_t index, uint32_t* member) {
     // `created` and `released` go on counting where the row's last holder stopped.
     row.members[i].pid = static_cast<uint32_t>(getpid());
     row.members[i].demand = 0;
+    row.members[i].set_aside = 0;
     if (i >= charges::member_rows(row)) row.name.member_rows = i + 1;
     row.members[i].state = 1;
     *member = i;
@@ -142,6 +144,7 @@ void Segment::vacate_member(uint32_t index, uint32_t member) {
   Member& row = account(index).members[member];
   row.released.store(charges::load(row.created));  // one store books all that it held
   row.demand = 0;
+  row.set_aside = 0;
   row.state = 0;
   liveness_.drop(member_byte(index, member));
 }

@@ -46,7 +46,8 @@ AccountView Segment::view_account(uint32_t index) const {
     if (!charges::used(member.state)) continue;
     int64_t demand = charges::load(member.demand);
     view.demand += demand;
-    view.members.push_back({i, member.pid.load(), false, charges::held(member), demand});
+    view.members.push_back({i, member.pid.load(), false, charges::held(member), demand,
+                            charges::load(member.set_aside)});
   }
   return view;
 }
@@ -54,6 +55,8 @@ AccountView Segment::view_account(uint32_t index) const {
 void Segment::view_rows(SegmentView* view) const {
   view->capacity = capacity();
   view->headroom = headroom();
+  view->foreign = charges::load(header().outside.foreign);
+  view->set_aside = charges::set_aside(shared());
   view->high_water = charges::load(header().statistics.high_water);
   view->reaps = charges::load(header().statistics.reaps);
   view->lock_timeouts = charges::load(header().lock.timeouts);

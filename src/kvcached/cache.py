@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvcached.errors import KvcachedError, OutOfMemoryError
 from kvcached.layout import BlockLayout
@@ -42,11 +42,16 @@ class PageMapper:
         layout: BlockLayout,
         *,
         map_timeout_s: float,
+        on_refusal: Callable[[], None] | None = None,
     ) -> None:
+        """``on_refusal`` is called when the device refuses leased memory, before it is asked again:
+        whoever accounts for what others use on it may look anew.
+        """
         self.layout = layout
         self._ledger = ledger
         self._member = member
         self._map_timeout_s = map_timeout_s
+        self._on_refusal = on_refusal
         self._quarantined = 0
         # Handles are kept while the mapper has a use for them; it releases them when it has none.
         self.arena = Arena(
@@ -58,7 +63,7 @@ class PageMapper:
         )
         self.core = Mapper(self.arena, member.core)
         try:
-            self._pin()
+            self._pin([PINNED_PAGE])
         except KvcachedError:
             self.core.close()
             raise
@@ -107,8 +112,22 @@ class PageMapper:
                 format_size(self._member.held()),
             )
 
-    def _pin(self) -> None:
-        size = self.layout.page_bytes
+    def hold(self, pages: Iterable[int]) -> None:
+        """Maps those of these pages that are not mapped, before there is a scheduler to lease for
+        them; waits for memory as construction does. ``drop_held`` ends it.
+        """
+        missing = [page for page in sorted(set(pages)) if not self.arena.is_mapped(page)]
+        if missing:
+            self._pin(missing)
+
+    def drop_held(self, stream: int = 0) -> None:
+        """Unmaps everything but the pinned page, behind the work on ``stream``."""
+        held = tuple(page for page in self.arena.mapped_pages() if page != PINNED_PAGE)
+        self.apply(Commands(unmap=held, map=()), stream)
+        self.drain(_CLOSE_S)
+
+    def _pin(self, pages: Sequence[int]) -> None:
+        size = len(pages) * self.layout.page_bytes
         deadline = None
         while not self._member.pin(size):
             now = time.monotonic()
@@ -121,8 +140,8 @@ class PageMapper:
                     self._holders(),
                 )
             time.sleep(_RETRY_S)
-        self.core.need([PINNED_PAGE])
-        self._wait([PINNED_PAGE])
+        self.core.need(pages)
+        self._wait(pages)
 
     def _wait(self, pages: Sequence[int]) -> None:
         """Waits until pages are mapped; where the device refuses, asks it again for a while."""
@@ -139,6 +158,8 @@ class PageMapper:
                     )
                 self._member.set_demand(size)  # others give back, so that the device can give
                 if not warned:
+                    if self._on_refusal is not None:
+                        self._on_refusal()
                     logger.warning(
                         "kvcached: %s refuses %s; retrying", self._ledger.device, format_size(size)
                     )

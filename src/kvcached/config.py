@@ -186,9 +186,10 @@ class Config:
         "the ledger; on a GPU its memory", _SIZE_ALLOWED,
         "Bytes that all engines of the device share. A later engine that names another capacity "
         "is refused.")
-    headroom: Share = _setting(
-        "KVCACHED_HEADROOM", _share, Share(), "0 on the host", _SHARE_ALLOWED,
-        "Memory of the device that leases leave alone, for weights, activations and others.")
+    headroom: Share | None = _setting(
+        "KVCACHED_HEADROOM", _share, None, "5% on a GPU, 0 on the host", _SHARE_ALLOWED,
+        "Memory of the device that leases leave alone, beside what others are measured to use: "
+        "room for them to grow.")
     directory: Path = _setting(
         "KVCACHED_DIR", _directory, default_directory, "`/dev/shm/kvcached-<uid>`",
         "an absolute path",

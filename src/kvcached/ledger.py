@@ -150,6 +150,12 @@ class Ledger:
         """
         self.core.set_capacity(capacity_bytes, headroom_bytes)
 
+    def set_foreign(self, foreign_bytes: int) -> None:
+        """Says how many bytes of the device are in use and are nobody's pages, as just measured:
+        weights, activations, other programs. Leases leave them alone. Takes no lock.
+        """
+        self.core.set_foreign(foreign_bytes)
+
     def close(self) -> None:
         """Gives up every account and membership of this handle. The file stays."""
         self.core.close()
@@ -282,6 +288,16 @@ class Member:
         granted, the refused bytes count as demand. Raises LedgerError if the handle is closed.
         """
         return self.core.pin(size_bytes)
+
+    def set_aside(self, size_bytes: int) -> bool:
+        """Keeps leases off so many bytes, which this process is about to allocate beside its
+        pages (weights, activations); 0 when it has. Ends with the member.
+
+        The bytes are kept from now on in any case, so that they gather. False: others hold some
+        of them still; the rest is this member's demand. Ask again until it is True.
+        Raises LedgerError if the handle is closed.
+        """
+        return self.core.set_aside(size_bytes)
 
     def set_demand(self, size_bytes: int) -> None:
         """Says how many leased bytes the device refuses; 0 when it gave them.

@@ -19,6 +19,8 @@ class MemberSnapshot:
     """Bytes that it holds, mapped or kept for reuse."""
     demand: int
     """Bytes that it waits for before the instance has a scheduler; 0 when it does not wait."""
+    set_aside: int
+    """Bytes that it will allocate beside its pages while it starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,10 @@ class LedgerSnapshot:
     """Nothing was leased while this was read. If False, sums over accounts may be off."""
     capacity: int
     headroom: int
+    foreign: int
+    """Bytes in use on the device that are nobody's pages, as last measured; 0 on the host."""
+    set_aside: int
+    """Bytes that starting engines will allocate beside their pages."""
     high_water: int
     """The most that was ever charged to all accounts together."""
     reaps: int
@@ -101,8 +107,10 @@ class LedgerSnapshot:
 
     @property
     def free(self) -> int:
-        """Bytes that are neither headroom nor charged; negative after the capacity was lowered."""
-        return self.capacity - self.headroom - self.charge
+        """Bytes that nothing holds and nothing keeps; negative where more is charged than is there
+        today, as after the capacity was lowered.
+        """
+        return self.capacity - self.headroom - self.foreign - self.set_aside - self.charge
 
     def account(self, key: str) -> AccountSnapshot | None:
         """The account with this instance or, failing that, this name; None if there is none."""

@@ -35,17 +35,18 @@ def main() -> None:
     os.environ["ENABLE_KVCACHED"] = "true"
 
     from kvcached.engines.base import Seam
-    from kvcached.engines.vllm import v0_32
+    from kvcached.engines.vllm import adapter
     from kvcached.engines.vllm.install import uninstall
     from kvcached.errors import EngineError
 
     assert state() == untouched, "importing the adapter must not install it"
-    original = v0_32.seams
+    this_version = adapter.current()
+    original = this_version.seams
 
     def with_a_renamed_one(config: Any) -> list[Any]:
         return [*original(config), Seam(EngineCore, "step_of_another_version", lambda old: old)]
 
-    v0_32.seams = with_a_renamed_one
+    this_version.seams = with_a_renamed_one
     try:
         register()
     except EngineError as error:
@@ -56,7 +57,7 @@ def main() -> None:
     assert "Unset ENABLE_KVCACHED" in message
     assert state() == untouched
 
-    v0_32.seams = original
+    this_version.seams = original
     register()
     register()  # a second call changes nothing
     installed = state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from harness import HERE, MIB, SOURCE, end_session, environment, switched_on
 
+SUPPORTED = "~=0.24.0, ~=0.32.0"
 OTHER_VERSION = """
 import sys, types
 version = types.ModuleType("vllm._version")
@@ -60,10 +62,10 @@ def serve(model: Path, folder: Path, changes: dict[str, str], *paths: Path) -> t
 @pytest.mark.parametrize(
     ("prepare", "says"),
     [
-        (unsupported_version, ["vllm 0.99.0 is not supported", "supported: ~=0.32.0"]),
+        (unsupported_version, ["vllm 0.99.0 is not supported", f"supported: {SUPPORTED}"]),
         (
             broken_core,
-            ["vllm 0.32.0", "core library", "~=0.32.0", "python setup.py build_ext --inplace"],
+            ["vllm {version}", "core library", SUPPORTED, "python setup.py build_ext --inplace"],
         ),
     ],
 )
@@ -73,7 +75,8 @@ def test_the_server_does_not_start(
     (path := tmp_path / "path").mkdir()
     code, log = serve(model, tmp_path, switched_on(tmp_path, 32 * MIB), prepare(path))
     assert code != 0
-    for part in [*says, "Unset ENABLE_KVCACHED"]:
+    version = importlib.metadata.version("vllm").partition("+")[0]
+    for part in [*(words.format(version=version) for words in says), "Unset ENABLE_KVCACHED"]:
         assert part in log, f"{part!r} is not in:\n{log[-4000:]}"
     assert not (tmp_path / "ledger").exists()
 

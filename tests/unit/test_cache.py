@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcached.cache import ElasticCache
+from kvcached.cache import ElasticCache, PageMapper
 from kvcached.errors import DriverError, InvalidArgumentError, OutOfMemoryError
 from kvcached.layout import BlockLayout
 from kvcached.ledger import Ledger
@@ -239,3 +239,42 @@ def test_memory_in_quarantine_stays_charged_until_it_goes(device: Device) -> Non
     device.check(cache)
     assert cache.account.charge() == 3 * device.page
     cache.close()
+
+
+def test_pages_are_held_before_there_is_a_scheduler(device: Device) -> None:
+    """As for an engine's warm-up: charged without a lease, and gone when it ends."""
+    member = device.ledger.attach("one", "one", device.page)
+    mapper = PageMapper(device.ledger, member, device.backend, device.layout, map_timeout_s=0)
+    mapper.hold([2, 5, 2])
+    mapper.hold([5, 0, 3])
+    assert mapper.arena.mapped_pages() == [0, 2, 3, 5]
+    assert member.held() == 4 * device.page == device.ledger.snapshot().charge
+    mapper.drop_held()
+    assert mapper.arena.mapped_pages() == [0]
+    account = device.ledger.join("one", "one", device.page)
+    assert account.charge() == member.held() == device.page
+    mapper.close()
+
+
+def test_a_refusal_is_told_before_the_device_is_asked_again(device: Device) -> None:
+    """Whoever measures what others use may look anew."""
+    told: list[int] = []
+    member = device.ledger.attach("one", "one", device.page)
+
+    def refused() -> None:
+        told.append(member.held())
+        device.backend.inject_off()
+
+    mapper = PageMapper(
+        device.ledger,
+        member,
+        device.backend,
+        device.layout,
+        map_timeout_s=5,
+        on_refusal=refused,
+    )
+    device.backend.inject(1, "out_of_memory", "create", FOR_GOOD)
+    mapper.hold([1])
+    assert told == [2 * device.page]
+    assert mapper.arena.mapped_pages() == [0, 1]
+    mapper.close()

@@ -258,18 +258,29 @@ def test_a_closed_handle_does_nothing(ledger: Ledger) -> None:
 
 
 @dataclass
+class ModelMember:
+    """One process of an account. ``row`` orders those that wait to set memory aside."""
+
+    handle: Member
+    row: int
+    held: int = 0
+    aside: int = 0
+    waits: bool = False
+
+
+@dataclass
 class ModelAccount:
     """What one account should hold, in plain numbers."""
 
     handle: Account
-    members: list[tuple[Member, list[int]]] = field(default_factory=list)
+    members: list[ModelMember] = field(default_factory=list)
     leased: int = 0
     guarantee: int = 0
     limit: int = 1 << 62
 
     @property
     def held(self) -> int:
-        return sum(held[0] for _, held in self.members)
+        return sum(member.held for member in self.members)
 
 
 SIZES = st.integers(0, 60)
@@ -289,17 +300,23 @@ class LedgerMachine(RuleBasedStateMachine):
             ModelAccount(self.ledger.join(str(i), str(i)), guarantee=0) for i in range(3)
         ]
         self.peak = 0
+        self.foreign = 0
+
+    @property
+    def aside(self) -> int:
+        return sum(member.aside for account in self.accounts for member in account.members)
 
     def model_leasable(self, index: int) -> int:
         mine = self.accounts[index]
         others = self.accounts[:index] + self.accounts[index + 1 :]
         claims = sum(max(other.leased, other.guarantee) for other in others)
         held = sum(other.leased for other in others)
+        there = 100 - self.foreign - self.aside
         best = 0
         for size in range(min(100, mine.limit - mine.leased) + 1):
             charge = mine.leased + size
-            fits = claims + max(charge, mine.guarantee) <= 100
-            sure = charge <= mine.guarantee and held + charge <= 100
+            fits = claims + max(charge, mine.guarantee) <= there
+            sure = charge <= mine.guarantee and held + charge <= there
             best = size if fits or sure else best
         return best
 
@@ -315,29 +332,53 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 2))
     def attach(self, index: int) -> None:
         if len(self.accounts[index].members) < 3:
+            rows = {member.row for member in self.accounts[index].members}
             member = self.ledger.attach(str(index), "")
-            self.accounts[index].members.append((member, [0]))
+            free = next(row for row in range(3) if row not in rows)
+            self.accounts[index].members.append(ModelMember(member, free))
 
     @rule(index=st.integers(0, 2), which=st.integers(0, 2), size=SIZES)
     def create(self, index: int, which: int, size: int) -> None:
         account = self.accounts[index]
         if which < len(account.members):
             size = min(size, account.leased - account.held)
-            member, held = account.members[which]
-            member.created(size)
-            held[0] += size
+            member = account.members[which]
+            member.handle.created(size)
+            member.held += size
 
     @rule(index=st.integers(0, 2), which=st.integers(0, 2), size=SIZES, leave=st.booleans())
     def release(self, index: int, which: int, size: int, leave: bool) -> None:
         account = self.accounts[index]
         if which < len(account.members):
-            member, held = account.members[which]
-            size = held[0] if leave else min(size, held[0])
-            member.close() if leave else member.released(size)
-            held[0] -= size
+            member = account.members[which]
+            size = member.held if leave else min(size, member.held)
+            member.handle.close() if leave else member.handle.released(size)
+            member.held -= size
             account.leased -= size
             if leave:
                 del account.members[which]
+
+    @rule(size=SIZES)
+    def measure(self, size: int) -> None:
+        self.ledger.set_foreign(size)
+        self.foreign = size
+
+    @rule(index=st.integers(0, 2), which=st.integers(0, 2), size=SIZES)
+    def set_aside(self, index: int, which: int, size: int) -> None:
+        if which >= len(self.accounts[index].members):
+            return
+        member = self.accounts[index].members[which]
+        before = sum(
+            other.aside
+            for number, account in enumerate(self.accounts)
+            for other in account.members
+            if other is not member
+            and ((number, other.row) < (index, member.row) or not other.waits)
+        )
+        there = 100 - self.foreign - before - sum(each.leased for each in self.accounts)
+        granted = size <= max(there, 0) or (size <= member.aside and not member.waits)
+        assert member.handle.set_aside(size) == granted
+        member.aside, member.waits = size, not granted
 
     @rule(index=st.integers(0, 2), size=SIZES)
     def give_back(self, index: int, size: int) -> None:
@@ -368,6 +409,7 @@ class LedgerMachine(RuleBasedStateMachine):
         seen = self.ledger.snapshot()
         assert seen.consistent
         assert seen.high_water == self.peak <= 100
+        assert (seen.foreign, seen.set_aside) == (self.foreign, self.aside)
         for index, (row, account) in enumerate(zip(seen.accounts, self.accounts, strict=True)):
             assert (row.leased, row.created) == (account.leased, account.held)
             assert row.charge == account.handle.charge() == account.leased

@@ -55,10 +55,23 @@ def test_the_stamp_follows_the_inputs(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     monkeypatch.setattr(setup_env, "ROOT", tmp_path)
-    before = setup_env.inputs_hash()
-    assert setup_env.inputs_hash() == before
+    main, other = (setup_env.ENVIRONMENTS[name] for name in ("0.32", "0.24"))
+    before = setup_env.inputs_hash(main)
+    assert setup_env.inputs_hash(main) == before != setup_env.inputs_hash(other)
     (tmp_path / "pyproject.toml").write_text("changed")
-    assert setup_env.inputs_hash() != before
+    assert setup_env.inputs_hash(main) != before
+
+
+def test_environments_lie_beside_each_other_and_serve_supported_versions(
+    setup_env: ModuleType,
+) -> None:
+    from kvcached.engines import registry
+
+    environments = list(setup_env.ENVIRONMENTS.values())
+    assert len({env.path for env in environments}) == len(environments)
+    for env in environments:
+        assert env.path.parent == setup_env.ROOT and env.folder.startswith(".venv")
+        assert registry.find("vllm", env.vllm)
 
 
 def test_a_missing_python_says_what_to_install(
@@ -73,4 +86,4 @@ def test_help_needs_nothing_installed() -> None:
     done = subprocess.run(
         [sys.executable, "-I", "-S", str(SCRIPT), "--help"], capture_output=True, text=True
     )
-    assert done.returncode == 0 and "--force" in done.stdout
+    assert done.returncode == 0 and "--force" in done.stdout and "0.24" in done.stdout

@@ -14,14 +14,17 @@ OFF = "Unset ENABLE_KVCACHED to run the engine without kvcached."
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """Versions of an engine, and the module whose ``seams()`` fit them."""
+    """Versions of an engine, and the adapter module that fits them."""
 
     engine: str
     versions: SpecifierSet
     module: str
 
 
-SUPPORTED = (Support("vllm", SpecifierSet("~=0.32.0"), "kvcached.engines.vllm.v0_32"),)
+SUPPORTED = (
+    Support("vllm", SpecifierSet("~=0.24.0"), "kvcached.engines.vllm.v0_24"),
+    Support("vllm", SpecifierSet("~=0.32.0"), "kvcached.engines.vllm.v0_32"),
+)
 
 
 def find(engine: str, version: str) -> str:

@@ -13,7 +13,7 @@ from vllm.exceptions import VLLMValidationError
 from kvcached import watch
 from kvcached.config import Config
 from kvcached.engines.registry import OFF
-from kvcached.engines.vllm import classes, device, identity
+from kvcached.engines.vllm import adapter, classes, device, identity
 from kvcached.errors import EngineError, RequestTooLargeError
 from kvcached.ledger import Ledger
 from kvcached.units import ceil_div, format_size
@@ -33,7 +33,7 @@ def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
     parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config
     parallel.worker_cls = classes.qualified_name("worker", parallel.worker_cls)
     scheduling.scheduler_cls = classes.qualified_name("scheduler", scheduling.get_scheduler_cls())
-    ledger = device.open_ledger(config)
+    ledger = device.open_ledger(config, device.of(config))
     cache = vllm_config.cache_config
     if cache.kv_cache_memory_bytes is None:
         cache.kv_cache_memory_bytes = config.virtual_bytes or ledger.capacity
@@ -42,13 +42,19 @@ def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
 
 
 def _refuse_unsupported(vllm_config: Any, config: Config) -> None:
+    from vllm.platforms import current_platform
+
     parallel = vllm_config.parallel_config
+    platform = current_platform.device_type
     for what, wrong in {
+        f"{platform} engines with this version of vLLM": platform
+        not in adapter.current().PLATFORMS,
         "KV transfer (connectors, disaggregation, offload)": vllm_config.kv_transfer_config,
         "tensor parallelism": parallel.tensor_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "data parallelism": parallel.data_parallel_size > 1,
         "speculative decoding": vllm_config.speculative_config,
+        "sleep mode": vllm_config.model_config.enable_sleep_mode,
         "KVCACHED_UNMAPPED=zero": config.unmapped == "zero",
     }.items():
         if wrong:
@@ -100,7 +106,7 @@ def wrap_process_inputs(config: Config) -> Callable[[Any], Any]:
             nonlocal ledger
             request = original(self, *args, **kwargs)
             if ledger is None:
-                ledger = device.open_ledger(config)
+                ledger = device.open_ledger(config, device.of(config))
             check_fits(ledger, identity.of(self.vllm_config).instance, request.prompt_token_ids)
             return request
 

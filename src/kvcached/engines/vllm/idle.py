@@ -6,6 +6,7 @@ already understands.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import Any
@@ -13,12 +14,17 @@ from typing import Any
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.request import RequestStatus
 
-from kvcached import watch
+from kvcached import foreign, watch
 from kvcached.engines.vllm import identity
 from kvcached.engines.vllm.scheduler import ElasticScheduler
-from kvcached.errors import EngineError
+from kvcached.errors import EngineError, LedgerBusyError, LedgerError, UnavailableError
+from kvcached.foreign import Memory
+from kvcached.ledger import Ledger
+
+logger = logging.getLogger(__name__)
 
 TICK_S = 5.0  # how often an idle engine looks for dead instances
+FOREIGN_TICK_S = 1.0  # and how often at what others use on a device that is not for pages alone
 
 
 def attach(engine: Any) -> None:
@@ -46,14 +52,29 @@ def _worker_pids(engine: Any, scheduler: ElasticScheduler) -> list[int]:
 
 def _follow_pressure(scheduler: ElasticScheduler, wake: Any) -> None:
     account, ledger = scheduler.account, scheduler.ledger
+    memory = scheduler.device.memory
+    tick = TICK_S if memory is None else FOREIGN_TICK_S
     seen = account.pressure_seq
     while ledger.core.usable:
-        now = account.wait_pressure(seen, TICK_S)
-        if now == seen:
-            ledger.reap()
-        elif account.others_demand() > 0:
+        now = account.wait_pressure(seen, tick)
+        if now == seen and not _look_around(ledger, memory):
+            return
+        if now != seen and account.others_demand() > 0:
             wake()
         seen = now
+
+
+def _look_around(ledger: Ledger, memory: Memory | None) -> bool:
+    """Clears the rows of the dead and measures what others use; False once the ledger is closed."""
+    try:
+        ledger.reap()
+        if memory is not None:
+            foreign.refresh(ledger, memory)
+    except (LedgerBusyError, UnavailableError) as error:
+        logger.warning("kvcached: %s", error)
+    except LedgerError:
+        return False
+    return True
 
 
 def _wake_by_message(engine: Any) -> Any:

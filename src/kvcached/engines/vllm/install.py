@@ -10,6 +10,7 @@ import vllm
 
 from kvcached.config import Config
 from kvcached.engines import base, registry
+from kvcached.engines.vllm import adapter
 from kvcached.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -25,14 +26,14 @@ def install(config: Config) -> base.Installation:
     """
     global _installation
     if _installation is None:
-        adapter = _load(registry.find("vllm", vllm.__version__))
+        module = _load(adapter.name())
         _log_as_vllm_does(config)
-        _installation = base.install(adapter.seams(config))
+        _installation = base.install(module.seams(config))
         logger.info("kvcached: took hold of vLLM %s", vllm.__version__)
     return _installation
 
 
-def _load(adapter: str) -> ModuleType:
+def _load(name: str) -> ModuleType:
     on = f"kvcached is switched on for vllm {vllm.__version__}"
     versions = f"Supported versions: {registry.supported('vllm')}."
     try:
@@ -43,7 +44,7 @@ def _load(adapter: str) -> ModuleType:
             f"Python with `python setup.py build_ext --inplace`. {registry.OFF}"
         ) from error
     try:
-        return importlib.import_module(adapter)
+        return importlib.import_module(name)
     except ImportError as error:
         raise EngineError(
             f"{on}, but a seam is missing: {error}. {versions} {registry.OFF}"

@@ -1,4 +1,4 @@
-"""vLLM's block pool on elastic pages, and the admission that grows it (vLLM 0.32)."""
+"""vLLM's block pool on elastic pages, and the admission that grows it."""
 
 from __future__ import annotations
 

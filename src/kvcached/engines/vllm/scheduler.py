@@ -1,4 +1,4 @@
-"""vLLM's scheduler with elastic pages under it (vLLM 0.32)."""
+"""vLLM's scheduler with elastic pages under it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm.v1.request import RequestStatus
 
 from kvcached.config import Config
 from kvcached.engines.base import substituted
-from kvcached.engines.vllm import device, geometry, identity
+from kvcached.engines.vllm import adapter, device, geometry, identity
 from kvcached.engines.vllm.pool import ElasticBlockPool, ElasticKVCacheManager
 from kvcached.errors import EngineError
 from kvcached.pages import PagePool
@@ -33,6 +33,7 @@ class ElasticScheduler:
     """
 
     kv_cache_manager: Any
+    requests: Any
     running: Any
     waiting: Any
     max_num_running_reqs: int
@@ -52,8 +53,10 @@ class ElasticScheduler:
 
         config = Config.from_env()
         who = identity.of(vllm_config)
-        self.ledger = device.open_ledger(config)
-        shape = geometry.of(cache_config, device.granularity(), config.page_bytes)
+        self.device = device.of(config)
+        self.ledger = device.open_ledger(config, self.device)
+        block_bytes = adapter.current().tensors.block_bytes(cache_config)
+        shape = geometry.of(cache_config, block_bytes, self.device, config.page_bytes)
         self.account = self.ledger.join(who.instance, who.name, shape.page_bytes)
         self._apply_settings(config, who.instance)
         self.account.describe(shape.block_bytes, shape.block_tokens, shape.page_bytes)
@@ -75,6 +78,7 @@ class ElasticScheduler:
         self._name = who.name
         self._shape = shape
         self._short = False
+        self._in_flight = 0  # steps with tokens whose output has not come yet
         self._hopeless: set[str] = set()  # ids of requests that can never fit
         logger.info(
             "kvcached: %s on %s: %d blocks of %s, pages of %s, capacity %s",
@@ -98,12 +102,14 @@ class ElasticScheduler:
         self._settle()
         commands = self.pages.take_commands()
         output.kvcached_commands = commands
+        self._in_flight += output.total_num_scheduled_tokens > 0
         if self._short and commands is None and self._can_only_wait(output):
             self.account.wait_freed(freed, WAIT_S)
         return output
 
-    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        self._in_flight -= scheduler_output.total_num_scheduled_tokens > 0
         if self._hopeless:
             outputs = self._fail_hopeless(outputs)
         self._settle()
@@ -154,7 +160,8 @@ class ElasticScheduler:
         self.pages.publish()
 
     def _can_only_wait(self, output: Any) -> bool:
-        return output.total_num_scheduled_tokens == 0 and not self.running
+        # With a step under way its output comes first: it may be what ends the shortage.
+        return output.total_num_scheduled_tokens == 0 and not self.running and not self._in_flight
 
     def _note_shortage(self, request: Any, needed: int) -> None:
         if not self._short:
@@ -197,9 +204,10 @@ class ElasticScheduler:
         return min(pages * self._shape.blocks_per_page, self._shape.num_blocks) - 1
 
     def _fail_hopeless(self, outputs: Any) -> Any:
-        failed, self._hopeless = self._hopeless, set()
-        finished = super().finish_requests(failed, RequestStatus.FINISHED_ERROR)  # type: ignore[misc]
-        for request in finished:
+        ids, self._hopeless = self._hopeless, set()
+        failed = [r for r in map(self.requests.get, ids) if r is not None and not r.is_finished()]
+        super().finish_requests(ids, RequestStatus.FINISHED_ERROR)  # type: ignore[misc]
+        for request in failed:
             batch = outputs.setdefault(request.client_index, EngineCoreOutputs())
             batch.outputs.append(
                 EngineCoreOutput(

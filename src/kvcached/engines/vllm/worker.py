@@ -1,16 +1,18 @@
-"""vLLM's worker with its KV cache on an arena (vLLM 0.32)."""
+"""vLLM's worker with its KV cache on an arena."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from kvcached import watch
+from kvcached import foreign, watch
 from kvcached.cache import PageMapper
 from kvcached.config import Config
-from kvcached.engines.vllm import device, geometry, identity
+from kvcached.engines.vllm import adapter, backends, device, geometry, identity, start
+from kvcached.engines.vllm.start import GpuStart
 from kvcached.errors import EngineError
 from kvcached.views import int8_tensor
 
@@ -37,52 +39,115 @@ class AnswerZeros(TorchFunctionMode):  # type: ignore[misc]
 class ElasticWorker:
     """What kvcached adds to a worker class of vLLM; mixed in before it by ``elastic``."""
 
+    vllm_config: Any
+    cache_config: Any
+    device: torch.device
+    _start: GpuStart | None = None
+    _warm = False
+
     def init_device(self) -> Any:
-        if self.parallel_config.distributed_executor_backend == "mp":  # type: ignore[attr-defined]
-            # This process is the worker's own.
-            watch.end_with_parent(identity.of(self.vllm_config).front_pid)  # type: ignore[attr-defined]
-        return super().init_device()  # type: ignore[misc]
+        config, who = Config.from_env(), identity.of(self.vllm_config)
+        if self.vllm_config.parallel_config.distributed_executor_backend == "mp":
+            watch.end_with_parent(who.front_pid)  # this process is the worker's own
+        self._device = device.of(config)
+        # The ledger's lock before everything else: at death the kernel drops it after what is
+        # numbered above it, the memory and the driver's own files.
+        self._ledger = device.open_ledger(config, self._device)
+        if self._device.memory is None:
+            return super().init_device()  # type: ignore[misc]
+        self._start = GpuStart(self._ledger, self._device.memory, who)
+        self._start.wait_for_room(start.needed_bytes(self.vllm_config))
+        with start.without_memory_check():
+            return super().init_device()  # type: ignore[misc]
 
     def determine_available_memory(self) -> int:
         """The virtual size of the KV cache: addresses, not memory."""
-        if self._should_warm_up_model():  # type: ignore[attr-defined]
-            self.model_runner.warming_up_model()  # type: ignore[attr-defined]
-        size = self.cache_config.kv_cache_memory_bytes  # type: ignore[attr-defined]
+        size = self.cache_config.kv_cache_memory_bytes
         if size is None:
             raise EngineError("kvcached: the KV cache's virtual size did not reach the worker")
+        if self._start is not None:
+            with self._start.watching_activations(self.device):
+                super().determine_available_memory()  # type: ignore[misc]
+            return int(size)
+        # On a CPU vLLM compares the size with the memory that is available.
+        self.cache_config.kv_cache_memory_bytes = 1
+        try:
+            super().determine_available_memory()  # type: ignore[misc]
+        finally:
+            self.cache_config.kv_cache_memory_bytes = size
         return int(size)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        config = Config.from_env()
-        who = identity.of(self.vllm_config)  # type: ignore[attr-defined]
-        # The ledger's lock first: at death the kernel drops it after the memory numbered above it.
-        ledger = device.open_ledger(config)
-        backend = device.open_backend(config, ledger.lock_fd)
-        shape = geometry.of(kv_cache_config, backend.granularity, config.page_bytes)
-        member = ledger.attach(who.instance, who.name, shape.page_bytes)
+        config, who = Config.from_env(), identity.of(self.vllm_config)
+        tensors = adapter.current().tensors
+        backends.check(self.vllm_config, tensors)
+        backend = self._device.open_backend(self.device.index or 0, self._ledger.lock_fd)
+        block_bytes = tensors.block_bytes(kv_cache_config)
+        shape = geometry.of(kv_cache_config, block_bytes, self._device, config.page_bytes)
         self.mapper = PageMapper(
-            ledger,
-            member,
+            self._ledger,
+            self._ledger.attach(who.instance, who.name, shape.page_bytes),
             backend,
             shape.layout(backend.granularity),
             map_timeout_s=config.map_timeout_s,
+            on_refusal=self._measure,
         )
         size = shape.num_blocks * shape.block_bytes
         with AnswerZeros(size, int8_tensor(self.mapper.arena, 0, size)) as answer:
-            super().initialize_from_config(geometry.block_outermost(kv_cache_config))  # type: ignore[misc]
+            super().initialize_from_config(tensors.block_outermost(kv_cache_config))  # type: ignore[misc]
         if answer.hits != 1:
             raise EngineError(
                 f"kvcached: vLLM allocated its KV cache {answer.hits} times in the expected way"
             )
-        self._ledger = ledger
+
+    def compile_or_warm_up_model(self) -> Any:
+        done = super().compile_or_warm_up_model()  # type: ignore[misc]
+        if self._start is not None:
+            self.mapper.drop_held(self._stream())
+            self._start.end(self.device)
+        self._warm = True
+        return done
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self._carry_out(scheduler_output)
+        return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+
+    def sleep(self, level: int = 1) -> None:
+        raise EngineError(
+            "kvcached: sleep mode is not supported: an idle engine gives its KV cache's memory "
+            "back by itself"
+        )
+
+    def _carry_out(self, scheduler_output: Any) -> None:
+        """The one place where pages come and go."""
+        if not self._warm:
+            # vLLM's warm-up makes up steps on blocks of its choice; no scheduler is there yet.
+            per_page = self.mapper.layout.blocks_per_page
+            self.mapper.hold(block // per_page for block in _blocks(scheduler_output))
+            return
         commands = scheduler_output.kvcached_commands
         if commands is not None:
-            cuda = torch.cuda
-            stream = cuda.current_stream().cuda_stream if cuda.is_initialized() else 0
-            self.mapper.apply(commands, stream)
-        return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+            self.mapper.apply(commands, self._stream())
+
+    def _stream(self) -> int:
+        """The stream on which the model runs; 0 on the host, where work is done when it returns."""
+        if self.device.type != "cuda":
+            return 0
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
+    def _measure(self) -> None:
+        if self._device.memory is not None:
+            foreign.refresh(self._ledger, self._device.memory)
+
+
+def _blocks(scheduler_output: Any) -> Iterator[int]:
+    """The blocks that a step brings in."""
+    for request in scheduler_output.scheduled_new_reqs:
+        for group in request.block_ids:
+            yield from group
+    for groups in scheduler_output.scheduled_cached_reqs.new_block_ids:
+        for group in groups or ():
+            yield from group
 
 
 def elastic(base: type) -> type:

@@ -1,0 +1,244 @@
+"""One engine in a process of its own: builds it from a job, runs the job's work, writes a result.
+
+The model has no weights to download: its shape is a ``config.json``, its weights are made here.
+Weights as they are usually made up depend on the KV cache so little that an engine which lost it
+would answer almost the same; these are large enough that attention decides (``sharpen``), and the
+control runs, which lose some of the cache on purpose, show that it does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one engine is and does. ``elastic`` means with kvcached, in ``ledger`` (a folder)."""
+
+    name: str
+    model: str
+    work: tuple[str, ...]
+    elastic: bool = False
+    ledger: str = ""
+    runner: str = "V2"
+    backend: str = "FLASH_ATTN"
+    async_scheduling: bool | None = None  # None: as vLLM decides
+    prefix_caching: bool = False
+    max_seqs: int = 64
+    max_tokens_a_step: int | None = None
+    kv_bytes: int | None = 4 * GIB  # of a plain engine; None: as utilization says
+    capacity_bytes: int | None = None  # of the ledger; None: the whole GPU
+    utilization: float = 0.2
+    loses: str = ""  # a control: "all" of the cache, or one "page" of it, is lost on the way
+    batch_invariant: bool = False
+    sharpen: bool = True
+    own_core: bool = False  # the engine's core in a process of its own, as under ``vllm serve``
+    compilation: dict[str, Any] = field(
+        default_factory=lambda: {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    )
+    ready_file: str = ""
+    start_files: tuple[str, ...] = ()  # the work waits for these to appear, one before each
+    hold_file: str = ""  # the engine stays, idle, until this appears
+
+    def environment(self) -> dict[str, str]:
+        changes = {
+            "VLLM_USE_V2_MODEL_RUNNER": "1" if self.runner == "V2" else "0",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if self.own_core else "0",
+            "VLLM_BATCH_INVARIANT": "1" if self.batch_invariant else "0",
+        }
+        if self.own_core:
+            changes["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for ``sharpen``
+        if self.elastic:
+            changes |= {
+                "ENABLE_KVCACHED": "true",
+                "KVCACHED_DIR": self.ledger,
+                "KVCACHED_NAME": self.name,
+            }
+            if self.capacity_bytes is not None:
+                changes["KVCACHED_CAPACITY"] = str(self.capacity_bytes)
+        return changes
+
+
+def build(job: Job) -> Any:
+    """The engine: vLLM's own ``LLM``, unmodified."""
+    from vllm import LLM
+
+    arguments: dict[str, Any] = {
+        "model": job.model,
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "seed": 0,
+        "max_model_len": 4096,
+        "max_num_seqs": job.max_seqs,
+        "gpu_memory_utilization": job.utilization,
+        "enable_prefix_caching": job.prefix_caching,
+        "compilation_config": dict(job.compilation),
+        "attention_config": {"backend": job.backend},
+        "disable_log_stats": False,
+    }
+    if not job.elastic and job.kv_bytes is not None:
+        arguments["kv_cache_memory_bytes"] = job.kv_bytes
+    if job.async_scheduling is not None:
+        arguments["async_scheduling"] = job.async_scheduling
+    if job.max_tokens_a_step is not None:
+        arguments["max_num_batched_tokens"] = job.max_tokens_a_step
+    llm = LLM(**arguments)
+    if job.sharpen:
+        llm.collective_rpc(sharpen)
+    return llm
+
+
+def sharpen(worker: Any) -> None:
+    """Gives the model weights with which attention decides the next token: projections that keep
+    the scale of what passes through them, and queries and keys large enough for sharp attention.
+    The same for the same shape, whatever the order in which they are made.
+    """
+    import torch
+
+    config = worker.model_config.hf_text_config
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    seen = set()
+    with torch.no_grad():
+        for name, weight in worker.get_model().named_parameters():
+            if weight.data_ptr() in seen:
+                continue  # tied to one before
+            seen.add(weight.data_ptr())
+            if weight.dim() == 1:
+                weight.fill_(1.0)
+                continue
+            generator = torch.Generator(device=weight.device)
+            generator.manual_seed(zlib.crc32(name.encode()))
+            table = "embed" in name or "lm_head" in name
+            scale = 0.3 if table else 1 / math.sqrt(weight.shape[1])
+            weight.normal_(0.0, scale, generator=generator)
+            if "qkv_proj" in name:
+                values = weight.shape[0] * keys // (queries + 2 * keys)
+                weight[: weight.shape[0] - values].mul_(2.5)
+
+
+def lose(what: str) -> Callable[[Any], None]:
+    """Zeroes a worker's KV cache, or the blocks that kvcached would have on its second page."""
+
+    def forget(worker: Any) -> None:
+        for cache in worker.model_runner.kv_caches:
+            (cache if what == "all" else cache[16:32]).zero_()
+
+    return forget
+
+
+def facts(llm: Any) -> dict[str, Any]:
+    """What vLLM made of the arguments."""
+    config = llm.llm_engine.vllm_config
+    shape = llm.collective_rpc(_tensor_facts)[0]
+    return {
+        "async_scheduling": config.scheduler_config.async_scheduling,
+        "scheduler": str(config.scheduler_config.get_scheduler_cls().__qualname__),
+        "v2_runner": config.use_v2_model_runner,
+        "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
+        "blocks": config.cache_config.num_gpu_blocks,
+        "block_tokens": config.cache_config.block_size,
+        **shape,
+    }
+
+
+def _tensor_facts(worker: Any) -> dict[str, Any]:
+    caches = worker.model_runner.kv_caches
+    mapper = getattr(worker, "mapper", None)
+    return {
+        "runner": type(worker.model_runner).__module__,
+        "worker": type(worker).__qualname__,
+        "shape": list(caches[0].shape),
+        "strides": list(caches[0].stride()),
+        "layer_distance": caches[1].data_ptr() - caches[0].data_ptr() if len(caches) > 1 else 0,
+        "page_bytes": mapper.layout.page_bytes if mapper is not None else 0,
+        "arena": mapper.arena.counters() if mapper is not None else {},
+    }
+
+
+def gpu_used_bytes() -> int:
+    """What is in use on this process's GPU, by everybody."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
+
+
+def ledger_facts(job: Job) -> dict[str, Any]:
+    """The ledger's numbers for this engine and for all."""
+    from kvcached.config import Config
+    from kvcached.engines.vllm import device
+    from kvcached.ledger import Ledger
+
+    config = Config.from_env()
+    name = device.of(config).name
+    with Ledger.open(config.directory, name, create=False, read_only=True) as ledger:
+        seen = ledger.snapshot()
+    account = seen.account(job.name)
+    assert account is not None
+    return {
+        "device": seen.device,
+        "capacity": seen.capacity,
+        "headroom": seen.headroom,
+        "foreign": seen.foreign,
+        "high_water": seen.high_water,
+        "charge": account.charge,
+        "created": account.created,
+        "cached": account.cached,
+        "warm": account.warm,
+        "page": account.page_bytes,
+        "refused": account.refused,
+        "reclaimed": account.reclaimed,
+    }
+
+
+def run(job: Job, folder: Path) -> None:
+    """Builds the engine and does the work; results in ``folder/NAME.json`` at each step."""
+    from workloads import WORK
+
+    result: dict[str, Any] = {"name": job.name, "ok": False, "work": {}}
+
+    def save() -> None:
+        part = folder / f"{job.name}.part"
+        part.write_text(json.dumps(result))
+        part.rename(folder / f"{job.name}.json")
+
+    start = time.monotonic()
+    llm = build(job)
+    result |= {"start_s": round(time.monotonic() - start, 2), "facts": facts(llm)}
+    result["used_idle_bytes"] = gpu_used_bytes() if not job.own_core else 0
+    save()
+    if job.ready_file:
+        Path(job.ready_file).touch()
+    for index, name in enumerate(job.work):
+        if index < len(job.start_files):
+            _wait_for(job.start_files[index])
+        result["work"][name] = WORK[name](llm, lose(job.loses) if job.loses else None)
+        save()
+    time.sleep(1.5)  # an idle engine gives back
+    result["preemptions"] = sum(
+        m.value for m in llm.get_metrics() if m.name.startswith("vllm:num_preemptions")
+    )
+    result["arena"] = llm.collective_rpc(_tensor_facts)[0]["arena"]
+    if job.elastic:
+        result["ledger"] = ledger_facts(job)
+    result["used_end_bytes"] = gpu_used_bytes() if not job.own_core else 0
+    result["ok"] = True
+    save()
+    if job.hold_file:
+        _wait_for(job.hold_file)
+
+
+def _wait_for(path: str) -> None:
+    while not os.path.exists(path):
+        time.sleep(0.02)

@@ -1,0 +1,193 @@
+#!/usr/bin/env python3
+"""Does an engine with kvcached say what a plain one says?
+
+Each case is an engine of one kind (runner, attention backend, scheduling, prefix caching) that
+answers the same requests without and with kvcached; token ids are compared. A control of each kind
+loses some of its KV cache on purpose and must answer differently: otherwise equality would mean
+nothing. See README.md for what to set up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import fleet
+from engine import GIB, Job
+from fleet import Fleet
+
+BUSY = ("churn", "stop", "abort")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Engines that must agree: ``plain`` and ``elastic``; and one that must not: ``control``."""
+
+    plain: Job
+    elastic: Job
+    control: Job | None = None
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return tuple(job for job in (self.plain, self.elastic, self.control) if job is not None)
+
+
+def case(base: Job, *, control: str = "", **elastic: Any) -> Case:
+    name = base.name
+    return Case(
+        replace(base, name=f"{name}-plain"),
+        replace(base, name=f"{name}-kvcached", elastic=True, **elastic),
+        replace(base, name=f"{name}-control", loses=control) if control else None,
+    )
+
+
+def cases(model: str, ledger: str, names: Sequence[str], runners: Sequence[str]) -> Iterator[Case]:
+    """The named groups of cases, for each runner."""
+    for runner in runners:
+        base = Job("", model, BUSY, ledger=f"{ledger}/all", runner=runner, max_tokens_a_step=2048)
+
+        def named(name: str, runner: str = runner, base: Job = base, **changes: Any) -> Job:
+            return replace(base, name=f"{runner.lower()}-{name}", **changes)
+
+        if "base" in names:
+            yield case(named("base"), control="all")
+        if "prefix" in names:
+            yield case(
+                named("prefix", work=("prefix", "churn"), prefix_caching=True), control="page"
+            )
+        if "sync" in names:
+            yield case(named("sync", async_scheduling=False))
+        if "triton" in names:
+            yield case(named("triton", backend="TRITON_ATTN"))
+        if "preempt" in names:
+            # Other batches round differently: only batch-invariant kernels can be compared.
+            invariant = named(
+                "preempt", work=("churn", "prefix"), prefix_caching=True, batch_invariant=True
+            )
+            small = {"capacity_bytes": GIB // 2, "ledger": f"{ledger}/{runner}-small"}
+            yield case(invariant, **small)
+        if "core" in names:
+            yield case(named("core", own_core=True))
+        if "compiled" in names:
+            compilation = {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE"}
+            yield case(named("compiled", compilation=compilation, work=("churn", "stop")))
+
+
+def compare(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    """Requests with the same tokens, for each piece of work."""
+    compared = {}
+    for work in left["work"].keys() & right["work"].keys():
+        a, b = left["work"][work]["tokens"], right["work"][work]["tokens"]
+        differ = [index for index, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]]
+        compared[work] = {
+            "requests": len(a),
+            "answered": sum(answer is not None for answer in a),
+            "equal": len(a) - len(differ),
+            "differ": differ[:20],
+        }
+    return compared
+
+
+def judge(case: Case, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The verdict on one case: all of it equal, by engines that were what they should be."""
+    plain, elastic = results.get(case.plain.name, {}), results.get(case.elastic.name, {})
+    verdict: dict[str, Any] = {"case": case.plain.name.removesuffix("-plain"), "ok": False}
+    if not plain.get("ok") or not elastic.get("ok"):
+        verdict["problem"] = f"{'kvcached' if plain.get('ok') else 'plain'} did not finish"
+        return verdict
+    equal = compare(plain, elastic)
+    arena = elastic["arena"]
+    verdict |= {
+        "equal": equal,
+        "async": elastic["facts"]["async_scheduling"],
+        "scheduler": elastic["facts"]["scheduler"],
+        "worker": elastic["facts"]["worker"],
+        "runner": elastic["facts"]["runner"],
+        "strides": elastic["facts"]["strides"],
+        "preemptions": [plain["preemptions"], elastic["preemptions"]],
+        "maps": arena.get("maps"),
+        "unmaps": arena.get("unmaps"),
+        "start_s": [plain["start_s"], elastic["start_s"]],
+    }
+    problems = [work for work, one in equal.items() if one["equal"] != one["requests"]]
+    if plain["facts"]["async_scheduling"] != elastic["facts"]["async_scheduling"]:
+        problems.append("one schedules asynchronously, the other does not")
+    if not arena.get("unmaps"):
+        problems.append("no page was ever given back")
+    if case.elastic.capacity_bytes is not None and not elastic["preemptions"]:
+        problems.append("nothing was preempted")
+    if case.control is not None:
+        control = results.get(case.control.name, {})
+        if not control.get("ok"):
+            problems.append("the control did not finish")
+        else:
+            lost = compare(plain, control)
+            verdict["control"] = {work: one["equal"] for work, one in lost.items()}
+            if all(one["equal"] == one["requests"] for one in lost.values()):
+                problems.append("the control lost its KV cache and nobody noticed")
+    verdict["ok"] = not problems
+    if problems:
+        verdict["problem"] = "; ".join(problems)
+    return verdict
+
+
+def table(verdicts: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        f"{'case':14} {'':4} {'equal to plain':42} {'control':14} {'async':5} {'maps/unmaps':>11}"
+        f" {'preempt':>9}"
+    ]
+    for one in verdicts:
+        state = "ok" if one["ok"] else "FAIL"
+        if "equal" not in one:
+            lines.append(f"{one['case']:14} {state:4} {one['problem']}")
+            continue
+        equal = " ".join(f"{w} {e['equal']}/{e['requests']}" for w, e in one["equal"].items())
+        control = " ".join(f"{w[:5]} {n}" for w, n in one.get("control", {}).items())
+        lines.append(
+            f"{one['case']:14} {state:4} {equal:42} {control:14} {one['async']!s:5} "
+            f"{one['maps']}/{one['unmaps']} {one['preemptions'][0]:.0f}/{one['preemptions'][1]:.0f}"
+        )
+        if "problem" in one:
+            lines.append(f"    {one['problem']}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
+    parser.add_argument("--shape", choices=sorted(fleet.SHAPES), default="1b")
+    parser.add_argument("--runners", default="V2,V1", help="vLLM's model runners")
+    parser.add_argument(
+        "--cases",
+        default="base,prefix",
+        help="of base, prefix, sync, triton, preempt, core, compiled",
+    )
+    parser.add_argument("--at-a-time", type=int, default=4, help="engines at a time")
+    parser.add_argument("--limit", type=float, default=420.0, help="seconds in all")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out.resolve()
+    model = fleet.make_model(out / "models", options.shape)
+    chosen = list(
+        cases(model, str(out / "ledger"), options.cases.split(","), options.runners.split(","))
+    )
+    if not chosen:
+        parser.error(f"no case of --cases {options.cases}")
+    fleet.preload()
+    engines = Fleet(out, options.limit)
+    jobs = [job for one in chosen for job in one.jobs]
+    engines.run_all(jobs[:1], 1)  # alone: it compiles what the others then find
+    engines.run_all(jobs[1:], options.at_a_time)
+    verdicts = [judge(one, engines.results) for one in chosen]
+    (out / "equality.json").write_text(json.dumps(verdicts, indent=1))
+    print(table(verdicts))
+    return 0 if all(one["ok"] for one in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

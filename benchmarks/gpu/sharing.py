@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""Two engines on one GPU: a burst on one while the other is idle, and what idle ones hold.
+
+Three set-ups answer the same burst (200 requests of 1024 tokens in and 512 out):
+
+- alone: one plain engine that has the whole GPU
+- halves: two plain engines with half of the GPU each; the burst goes to one of them
+- shared: two engines with kvcached and one ledger; the burst goes to one, then to the other
+
+What the GPU says is in use is read while both are idle before the burst, and after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fleet
+from engine import GIB, Job
+from fleet import Fleet
+
+from kvcached import nvml
+
+
+@dataclass(slots=True)
+class Watch:
+    """What is in use on the GPU, sampled while a set-up runs; marks say what was going on."""
+
+    gpu: nvml.Gpu
+    samples: list[tuple[float, int]] = field(default_factory=list)
+    marks: dict[str, float] = field(default_factory=dict)
+    _next: float = 0.0
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + 0.1
+            self.samples.append((now, self.gpu.memory()[0]))
+
+    def mark(self, name: str) -> None:
+        self.marks.setdefault(name, time.monotonic())
+
+    def used_gib(self, mark: str, before_s: float = 0.3) -> float:
+        """Just before a mark."""
+        at = self.marks[mark] - before_s
+        past = [used for when, used in self.samples if when <= at]
+        return (past[-1] if past else self.samples[0][1]) / GIB
+
+    def peak_gib(self, since: str, until: str) -> float:
+        start, end = self.marks[since], self.marks[until]
+        return max(used for when, used in self.samples if start <= when <= end) / GIB
+
+
+@dataclass(frozen=True, slots=True)
+class SetUp:
+    """Engines that are up together; bursts go to the first, then to the second if it has work."""
+
+    name: str
+    jobs: tuple[Job, ...]
+
+
+def set_ups(model: str, out: Path, runner: str) -> list[SetUp]:
+    def job(set_up: str, which: str, work: str, **changes: Any) -> Job:
+        name = f"{set_up}-{which}"
+        return Job(
+            name=name,
+            model=model,
+            work=(work,),
+            ledger=str(out / "ledger"),
+            runner=runner,
+            max_seqs=256,
+            kv_bytes=None,
+            sharpen=False,
+            ready_file=str(out / f"ready-{name}"),
+            start_files=(str(out / f"start-{name}"),),
+            hold_file=str(out / f"end-{set_up}"),
+            **changes,
+        )
+
+    return [
+        SetUp("alone", (job("alone", "a", "throughput", utilization=0.9),)),
+        SetUp(
+            "halves",
+            (
+                job("halves", "a", "throughput", utilization=0.45),
+                job("halves", "b", "nothing", utilization=0.45),
+            ),
+        ),
+        SetUp(
+            "shared",
+            (
+                job("shared", "a", "throughput", elastic=True),
+                job("shared", "b", "throughput", elastic=True),
+            ),
+        ),
+    ]
+
+
+def play(set_up: SetUp, engines: Fleet, gpu: nvml.Gpu) -> dict[str, Any]:
+    """Starts the engines one after the other, gives them their bursts in turn, ends them."""
+    out = engines.folder
+    for job in set_up.jobs:
+        for path in (job.ready_file, *job.start_files, job.hold_file):
+            Path(path).unlink(missing_ok=True)
+    watch = Watch(gpu)
+    watch.tick()
+    baseline = watch.samples[0][1] / GIB
+    for job in set_up.jobs:
+        engines.start(job)
+        _until(lambda job=job: Path(job.ready_file).exists(), watch, engines, job)
+    for job in set_up.jobs:
+        _pause(2.0, watch)
+        watch.mark(f"start-{job.name}")
+        Path(job.start_files[0]).touch()
+        _until(lambda job=job: _worked(out, job), watch, engines, job)
+        watch.mark(f"end-{job.name}")
+    _pause(4.0, watch)
+    watch.mark("idle")
+    Path(set_up.jobs[0].hold_file).touch()
+    engines.finish(watch.tick)
+    first = set_up.jobs[0]
+    result: dict[str, Any] = {
+        "set_up": set_up.name,
+        "baseline_gib": baseline,
+        "idle_before_gib": watch.used_gib(f"start-{first.name}"),
+        "idle_after_gib": watch.used_gib("idle"),
+        "bursts": {},
+    }
+    for job in set_up.jobs:
+        work = engines.results[job.name]["work"].get("throughput")
+        if work is not None:
+            result["bursts"][job.name] = {
+                "seconds": work["seconds"],
+                "tokens_per_s": work["output_tokens_per_s"],
+                "tpot_p99_ms": 1e3 * work["tpot_p99_s"],
+                "preemptions": engines.results[job.name]["preemptions"],
+                "peak_gib": watch.peak_gib(f"start-{job.name}", f"end-{job.name}"),
+                "ledger": engines.results[job.name].get("ledger"),
+            }
+    return result
+
+
+def _worked(out: Path, job: Job) -> bool:
+    path = out / f"{job.name}.json"
+    return path.exists() and len(json.loads(path.read_text())["work"]) == len(job.work)
+
+
+def _until(condition: Any, watch: Watch, engines: Fleet, job: Job, limit_s: float = 150.0) -> None:
+    start = time.monotonic()
+    while not condition():
+        watch.tick()
+        if not engines.alive(job) or time.monotonic() - start > limit_s:
+            engines.end()
+            raise SystemExit(f"{job.name} did not come so far: see {engines.folder}/{job.name}.log")
+        time.sleep(0.02)
+
+
+def _pause(seconds: float, watch: Watch) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        watch.tick()
+        time.sleep(0.02)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        f"{'':12} {'seconds':>8} {'tokens/s':>9} {'TPOT p99':>9} {'peak GiB':>9} {'preempted':>9}"
+    ]
+    for one in results:
+        for name, burst in one["bursts"].items():
+            lines.append(
+                f"{name:12} {burst['seconds']:8.2f} {burst['tokens_per_s']:9.0f} "
+                f"{burst['tpot_p99_ms']:6.1f} ms {burst['peak_gib']:9.1f} "
+                f"{burst['preemptions']:9.0f}"
+            )
+    lines.append(f"{'idle, GiB':12} {'before':>8} {'after':>9} {'nothing':>9}")
+    lines += [
+        f"{one['set_up']:12} {one['idle_before_gib']:8.1f} {one['idle_after_gib']:9.1f} "
+        f"{one['baseline_gib']:9.1f}"
+        for one in results
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
+    parser.add_argument("--shape", choices=sorted(fleet.SHAPES), default="8b")
+    parser.add_argument("--runner", choices=("V1", "V2"), default="V2")
+    parser.add_argument("--set-ups", default="alone,halves,shared")
+    parser.add_argument("--limit", type=float, default=480.0, help="seconds in all")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out.resolve()
+    model = fleet.make_model(out / "models", options.shape)
+    fleet.preload()
+    gpu = nvml.Gpu(fleet.gpu_uuid())
+    engines = Fleet(out, options.limit)
+    results = []
+    for set_up in set_ups(model, out, options.runner):
+        if set_up.name in options.set_ups.split(","):
+            results.append(play(set_up, engines, gpu))
+            (out / "sharing.json").write_text(json.dumps(results, indent=1))
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The work that engines are given. The same requests in the same order for every engine."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Damage = Callable[[Any], None]
+LOW_TOKEN, HIGH_TOKEN = 10, 120_000
+DAMAGE_AT_STEP = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request: a prompt in tokens, and when its answer ends."""
+
+    prompt: list[int]
+    max_tokens: int
+    stop_tokens: list[int] = field(default_factory=list)
+
+
+def play(
+    llm: Any, asks: Sequence[Ask], *, damage: Damage | None = None, abort_every: int = 0
+) -> dict[str, Any]:
+    """Sends all at once and steps the engine until the last has answered; returns the answers'
+    tokens in order (None for those that were aborted), and times.
+
+    ``damage`` is done to the worker at one step on the way. ``abort_every`` steps, a request is
+    aborted.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = llm.llm_engine
+    tokens: dict[str, list[int] | None] = {}
+    times: dict[str, tuple[float, float]] = {}
+    start = time.monotonic()
+    for index, ask in enumerate(asks):
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=ask.max_tokens,
+            stop_token_ids=ask.stop_tokens or None,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        engine.add_request(str(index), {"prompt_token_ids": ask.prompt}, params)
+        tokens[str(index)] = None
+    victims = [str(index) for index in range(len(asks))]
+    random.Random(3).shuffle(victims)
+    steps = 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished and output.outputs:
+                tokens[output.request_id] = list(output.outputs[0].token_ids)
+                times[output.request_id] = _times(output.metrics)
+        steps += 1
+        if damage is not None and steps == DAMAGE_AT_STEP:
+            llm.collective_rpc(damage)
+        if abort_every and steps % abort_every == 0 and victims:
+            engine.abort_request([victims.pop()])
+    seconds = time.monotonic() - start
+    given = list(tokens.values())
+    return {
+        "tokens": given,
+        "seconds": seconds,
+        "steps": steps,
+        "output_tokens": sum(len(answer) for answer in given if answer is not None),
+        **_percentiles(list(times.values())),
+    }
+
+
+def _times(metrics: Any) -> tuple[float, float]:
+    """Time to the first token, and between tokens."""
+    if metrics is None or not metrics.num_generation_tokens:
+        return (0.0, 0.0)
+    between = (metrics.last_token_ts - metrics.first_token_ts) / max(
+        1, metrics.num_generation_tokens - 1
+    )
+    return (metrics.first_token_latency, between)
+
+
+def _percentiles(times: Sequence[tuple[float, float]]) -> dict[str, float]:
+    if not times:
+        return {}
+    first, between = (sorted(values) for values in zip(*times, strict=True))
+
+    def at(values: Sequence[float], part: float) -> float:
+        return values[min(len(values) - 1, int(len(values) * part))]
+
+    return {
+        "ttft_p50_s": at(first, 0.5),
+        "ttft_p99_s": at(first, 0.99),
+        "tpot_p50_s": at(between, 0.5),
+        "tpot_p99_s": at(between, 0.99),
+    }
+
+
+def _prompt(random_: random.Random, tokens: int) -> list[int]:
+    return [random_.randrange(LOW_TOKEN, HIGH_TOKEN) for _ in range(tokens)]
+
+
+def churn(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """Prompts and answers of all lengths: blocks come and go all the time."""
+    draw = random.Random("churn")
+    asks = [
+        Ask(_prompt(draw, draw.randrange(20, 1500)), draw.randrange(4, 120)) for _ in range(160)
+    ]
+    return play(llm, asks, damage=damage)
+
+
+def stop(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """Answers that end where nobody knew: with asynchronous scheduling the step after the last is
+    under way by then.
+    """
+    draw = random.Random("stop")
+    ends = list(range(5, 128_000, 40))
+    asks = [Ask(_prompt(draw, draw.randrange(20, 1200)), 200, ends) for _ in range(120)]
+    return play(llm, asks, damage=damage)
+
+
+def abort(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """Requests that are aborted while they run."""
+    draw = random.Random("abort")
+    asks = [Ask(_prompt(draw, draw.randrange(20, 1200)), 150) for _ in range(60)]
+    return play(llm, asks, damage=damage, abort_every=6)
+
+
+def prefix(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """Three waves over a few common beginnings; the later ones find them cached, or evicted."""
+    draw = random.Random("prefix")
+    beginnings = [_prompt(draw, 640) for _ in range(6)]
+    waves: list[dict[str, Any]] = []
+    for _ in range(3):
+        asks = []
+        for _ in range(70):
+            head = beginnings[draw.randrange(6)][: draw.choice((640, 640, 333))]
+            own = _prompt(draw, draw.randrange(5, 300))
+            asks.append(Ask(head + own if draw.random() < 0.8 else own, draw.randrange(4, 90)))
+        waves.append(play(llm, asks, damage=damage))
+    return {
+        "tokens": [answer for wave in waves for answer in wave["tokens"]],
+        "seconds": sum(wave["seconds"] for wave in waves),
+        "steps": sum(wave["steps"] for wave in waves),
+    }
+
+
+def throughput(llm: Any, damage: Damage | None, *, requests: int = 200) -> dict[str, Any]:
+    """200 requests at once, 1024 tokens in, 512 out; a few before that do not count."""
+    draw = random.Random("throughput")
+    play(llm, [Ask(_prompt(draw, 64), 8) for _ in range(4)])
+    result = play(llm, [Ask(_prompt(draw, 1024), 512) for _ in range(requests)], damage=damage)
+    result["output_tokens_per_s"] = result["output_tokens"] / result["seconds"]
+    del result["tokens"]
+    return result
+
+
+def nothing(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """No work: for engines that are only there."""
+    return {"tokens": [], "seconds": 0.0, "steps": 0}
+
+
+WORK: Mapping[str, Callable[[Any, Damage | None], dict[str, Any]]] = {
+    "churn": churn,
+    "stop": stop,
+    "abort": abort,
+    "prefix": prefix,
+    "throughput": throughput,
+    "nothing": nothing,
+}

@@ -1,0 +1,77 @@
+"""The driver's management library, against a simulated one: calls, answers, refusals."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvcached import nvml
+from kvcached.errors import UnavailableError
+
+SIMULATED = """
+#include <string.h>
+typedef struct { unsigned long long total, free, used; } Memory;
+static int started, gpu;
+int nvmlInit_v2(void) { ++started; return 0; }
+const char *nvmlErrorString(int result) { return result == 6 ? "Not Found" : "Uninitialized"; }
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **handle) {
+  if (!started) return 1;
+  if (strcmp(uuid, "GPU-0a")) return 6;
+  *handle = &gpu;
+  return 0;
+}
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) {
+  if (index != 1) return 6;
+  *handle = &gpu;
+  return 0;
+}
+int nvmlDeviceGetUUID(void *handle, char *uuid, unsigned size) {
+  if (handle != &gpu || size < 7) return 6;
+  strcpy(uuid, "GPU-0a");
+  return 0;
+}
+int nvmlDeviceGetMemoryInfo(void *handle, Memory *memory) {
+  if (handle != &gpu) return 6;
+  /* as the driver does it: what it keeps for itself is neither free nor used */
+  *memory = (Memory){143771ull << 20, 140000ull << 20, 3000ull << 20};
+  return 0;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        pytest.skip("the simulated library needs a C compiler")
+    folder = tmp_path_factory.mktemp("nvml")
+    (folder / "nvml.c").write_text(SIMULATED)
+    target = folder / "libnvidia-ml.so.1"
+    command = [compiler, "-shared", "-fPIC", "-o", str(target), str(folder / "nvml.c")]
+    subprocess.run(command, check=True)
+    return target
+
+
+def test_what_is_not_free_is_in_use(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "_LIBRARY", str(library))
+    gpu = nvml.Gpu("GPU-0a")
+    assert gpu.memory() == (3771 << 20, 143771 << 20)
+    assert nvml.uuid_of(1) == "GPU-0a"
+
+
+def test_refusals_are_in_the_drivers_words(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "_LIBRARY", str(library))
+    with pytest.raises(UnavailableError, match=r"GPU-0b: Not Found"):
+        nvml.Gpu("GPU-0b")
+    with pytest.raises(UnavailableError, match=r"GPU 3: Not Found"):
+        nvml.uuid_of(3)
+
+
+def test_without_a_driver_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "_LIBRARY", str(tmp_path / "libnvidia-ml.so.1"))
+    with pytest.raises(UnavailableError, match="libnvidia-ml"):
+        nvml.Gpu("GPU-0a")

@@ -1,0 +1,159 @@
+"""Where the KV cache's tensors lie, of each version of vLLM: computed without vLLM, seen as views.
+
+The configurations are stand-ins with the fields of the versions' own classes; the engine tests run
+the real ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcached.engines.vllm import tensors_0_24, tensors_0_32
+from kvcached.errors import EngineError
+
+
+@dataclass
+class Tensor24:
+    """``KVCacheTensor`` of vLLM 0.24."""
+
+    size: int
+    shared_by: list[str]
+    offset: int = 0
+    block_stride: int = 0
+
+
+@dataclass
+class Tensor32:
+    """``KVCacheTensor`` of vLLM 0.32."""
+
+    layers: list[str]
+    offset: int
+    layer_stride: int
+    block_stride: int
+
+
+@dataclass
+class Config:
+    num_blocks: int
+    kv_cache_tensors: list[Any] = field(default_factory=list)
+
+
+# Bytes of a block in each layer, the blocks, and how many groups share each tensor.
+SIZES = st.lists(st.integers(1, 64).map(lambda n: 16 * n), min_size=1, max_size=12)
+SHAPES = st.tuples(SIZES, st.integers(1, 9), st.integers(1, 3))
+
+
+def config_24(sizes: list[int], blocks: int, groups: int) -> Config:
+    return Config(
+        blocks,
+        [
+            Tensor24(size * blocks, [f"g{group}.{layer}" for group in range(groups)])
+            for layer, size in enumerate(sizes)
+        ],
+    )
+
+
+def places_24(config: Config) -> dict[str, list[range]]:
+    """The bytes of each layer's blocks, as vLLM 0.24's model runners make views of packed tensors:
+    ``raw.view(-1, block_stride)[:, offset : offset + bytes of the layer's block]``.
+    """
+    places = {}
+    strides = {tensor.block_stride for tensor in config.kv_cache_tensors}
+    assert len(strides) == 1
+    (stride,) = strides
+    ends = sorted({tensor.offset for tensor in config.kv_cache_tensors} | {stride})
+    for tensor in config.kv_cache_tensors:
+        assert tensor.size == config.kv_cache_tensors[0].size, (
+            "one allocation: the first one's size"
+        )
+        assert tensor.size == stride * config.num_blocks
+        end = next(end for end in ends if end > tensor.offset)
+        for name in tensor.shared_by:
+            places[name] = [
+                range(block * stride + tensor.offset, block * stride + end)
+                for block in range(config.num_blocks)
+            ]
+    return places
+
+
+@given(SHAPES)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_0_24_every_byte_of_a_block_belongs_to_one_layer(
+    shape: tuple[list[int], int, int],
+) -> None:
+    sizes, blocks, groups = shape
+    before = config_24(*shape)
+    packed = tensors_0_24.block_outermost(before)
+    block_bytes = tensors_0_24.block_bytes(before)
+    assert block_bytes == sum(sizes)
+    places = places_24(packed)
+    owner = [-1] * (block_bytes * blocks)
+    for layer, size in enumerate(sizes):
+        for block, place in enumerate(places[f"g0.{layer}"]):
+            assert len(place) == size
+            assert place.start // block_bytes == (place.stop - 1) // block_bytes == block
+            assert all(owner[byte] == -1 for byte in place), "layers overlap"
+            owner[place.start : place.stop] = [layer] * size
+        for group in range(1, groups):  # groups have block ids of their own: they share the bytes
+            assert places[f"g{group}.{layer}"] == places[f"g0.{layer}"]
+    assert -1 not in owner, "a byte of a page that nobody uses"
+    assert before == config_24(*shape), "the engine's own configuration is left as it was"
+
+
+def test_0_24_refuses_what_it_cannot_read() -> None:
+    with pytest.raises(EngineError, match="packed by vLLM itself"):
+        tensors_0_24.block_bytes(Config(4, [Tensor24(64, ["a"], offset=0, block_stride=16)]))
+    with pytest.raises(EngineError, match="62 bytes does not hold 4 whole blocks"):
+        tensors_0_24.block_outermost(Config(4, [Tensor24(62, ["a"])]))
+
+
+@given(st.integers(1, 12), st.integers(1, 64), st.integers(1, 9))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_0_32_layers_of_a_block_lie_together(layers: int, size: int, blocks: int) -> None:
+    before = Config(blocks, [Tensor32([f"l{n}" for n in range(layers)], 0, size * blocks, size)])
+    (tensor,) = tensors_0_32.block_outermost(before).kv_cache_tensors
+    block_bytes = tensors_0_32.block_bytes(before)
+    assert (block_bytes, tensor.block_stride) == (size * layers, block_bytes)
+    starts = sorted(
+        tensor.offset + layer * tensor.layer_stride + block * tensor.block_stride
+        for layer in range(layers)
+        for block in range(blocks)
+    )
+    assert starts == list(range(0, block_bytes * blocks, size))
+
+
+class Backend:
+    """An attention backend as far as it is asked."""
+
+    def __init__(self, name: str, order: tuple[int, ...] | None) -> None:
+        self._name, self._order = name, order
+
+    def get_name(self) -> str:
+        return self._name
+
+    def get_kv_cache_stride_order(self) -> tuple[int, ...]:
+        if self._order is None:
+            raise NotImplementedError
+        return self._order
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "why"),
+    [
+        ("FLASH_ATTN", (0, 1, 2, 3, 4), None),
+        ("TRITON_ATTN", (0, 1, 2, 3, 4), None),
+        ("CPU_ATTN", None, None),
+        ("FLASH_ATTN", (0, 1, 3, 2, 4), "HND"),
+        ("FLASHINFER", (0, 1, 2, 3, 4), "not tried"),
+    ],
+)
+def test_0_24_asks_the_attention_backend(
+    name: str, order: tuple[int, ...] | None, why: str | None
+) -> None:
+    refusal = tensors_0_24.refusal(Backend(name, order))
+    assert refusal is None if why is None else why in str(refusal)
