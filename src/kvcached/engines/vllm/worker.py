@@ -102,10 +102,10 @@ class ElasticWorker:
 
     def compile_or_warm_up_model(self) -> Any:
         done = super().compile_or_warm_up_model()  # type: ignore[misc]
-        if self._start is not None:
-            self.mapper.drop_held(self._stream())
-            self._start.end(self.device)
+        self.mapper.drop_held(self._stream())
         self._warm = True
+        if self._start is not None:
+            self._start.end(self.device)
         return done
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
