@@ -188,12 +188,27 @@ class Blocks:
         the blocks whose contents are lost.
         """
 
+    def set_bound(self, blocks: int | None) -> None:
+        """No more than so many blocks are handed out; what is in use above that stays."""
+
     def available(self) -> int:
         """Free and cached blocks."""
 
     def is_present(self, page: int) -> bool: ...
     def check(self) -> None:
         """Adds everything up; raises InvalidArgumentError naming what does not fit."""
+
+    @property
+    def hits(self) -> int:
+        """Cached blocks that were used again."""
+
+    @property
+    def misses(self) -> int:
+        """Blocks that were handed out to be filled."""
+
+    @property
+    def evictions(self) -> int:
+        """Cached blocks lost to that, or to a bound of the cache; not those lost to reclaim."""
 
     @property
     def free_blocks(self) -> int: ...
