@@ -17,6 +17,7 @@ from kvcached import watch
 from kvcached.engines.vllm import identity
 from kvcached.engines.vllm.scheduler import ElasticScheduler
 from kvcached.errors import EngineError
+from kvcached.sharing import FairShare
 
 TICK_S = 5.0  # how often an idle engine looks for dead instances
 
@@ -46,13 +47,16 @@ def _worker_pids(engine: Any, scheduler: ElasticScheduler) -> list[int]:
 
 def _follow_pressure(scheduler: ElasticScheduler, wake: Any) -> None:
     account, ledger = scheduler.account, scheduler.ledger
+    fair = FairShare(account, scheduler.pages.page_bytes)
     seen = account.pressure_seq
     while ledger.core.usable:
         now = account.wait_pressure(seen, TICK_S)
         if now == seen:
             ledger.reap()
-        elif account.others_demand() > 0:
-            wake()
+        elif fair.pressed():
+            plan = fair.news()
+            if (plan is not None and plan.give > 0) or scheduler.pages.rested():
+                wake()
         seen = now
 
 
