@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcached.errors import InvalidArgumentError
+from kvcached.errors import InvalidArgumentError, LedgerError
 from kvcached.ledger import Ledger
 from kvcached.pages import Commands, PagePool
 from kvcached.vmm_ops import Blocks
@@ -32,7 +32,11 @@ class Instance:
     def __init__(self, directory: Path, name: str, dice: random.Random) -> None:
         self.name = name
         self.ledger = Ledger.open(directory, DEVICE)
-        self.member = self.ledger.attach(name, name, PAGE)
+        try:
+            self.member = self.ledger.attach(name, name, PAGE)
+        except LedgerError:
+            self.ledger.close()
+            raise
         assert self.member.pin(PAGE), "its page is guaranteed, and all others keep to it"
         self.account = self.ledger.join(name, name, PAGE)
         self.account.describe(PAGE // PER_PAGE, 16, PAGE)
@@ -105,7 +109,11 @@ class Bomb:
         free = LENDABLE - sum(self.charges.values())
         if free < PAGE:
             return
-        it = Instance(self.directory, f"i{number}", self.dice)
+        try:
+            it = Instance(self.directory, f"i{number}", self.dice)
+        except LedgerError:  # all of it is guaranteed to others
+            self.done["turned away"] += 1
+            return
         self.living.append(it)
         self.charges[it.name] = it.account.charge()
         self.done["joined"] += 1

@@ -76,7 +76,8 @@ class Engine:
         self.running: list[Request] = []
         self._events: list[tuple[float, int, int, Request]] = []  # when, order, its run, whose
         self._order = 0
-        self.missing = 0  # pages that the first waiting request could not get
+        self.short = False  # whether blocks were refused in this step
+        self.refused_bytes = 0  # what it would have held with them
         self.waits: list[float] = []
         self.finished = self.preempted = 0
 
@@ -94,11 +95,11 @@ class Engine:
         self._now = now
         self.pool.relieve()
         self._arrive(now)
-        self.missing = 0
+        self.short = False
         self._go_on(now)
-        if not self.missing:
+        if not self.short:
             self._admit(now)
-        if not self.missing:
+        if not self.short:
             self.account.set_demand(0)
         self.pool.settle(idle=not self.running)
         self.carry()
@@ -154,9 +155,9 @@ class Engine:
         if count > self.pool.blocks.free_blocks:
             self.pool.prefer_growth(count)
             if not self.pool.ensure(count):
-                self.missing = max(
-                    1, ceil_div(count - self.pool.blocks.available(), BLOCKS_PER_PAGE)
-                )
+                pages = ceil_div(count - self.pool.blocks.available(), BLOCKS_PER_PAGE)
+                self.short = True
+                self.refused_bytes = (self.pool.blocks.present_pages + pages) * PAGE_BYTES
                 room = MAX_RUNNING - len(self.running)
                 queued = sum(
                     r.prompt_blocks for r, _ in zip(self.waiting, range(room), strict=False)
@@ -197,9 +198,8 @@ class Engine:
             self._member.created(len(commands.map) * PAGE_BYTES)
 
     def below_guarantee(self, guarantee_bytes: int) -> bool:
-        """Whether the first request that waits would fit into the guarantee."""
-        wanted = self.account.charge() + self.missing * PAGE_BYTES
-        return self.missing > 0 and wanted <= guarantee_bytes
+        """Whether blocks were refused in the last step although they lie within the guarantee."""
+        return self.short and self.refused_bytes <= guarantee_bytes
 
     def close(self) -> None:
         """Ends the instance as its death would: the ledger takes everything back."""
