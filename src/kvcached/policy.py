@@ -6,9 +6,9 @@ shares rise together, each as fast as its weight, until they have what they want
 or the memory is used up. What one account does not want, the others get.
 
 Everything is in whole bytes, exact at any size, and deterministic: each instance computes the
-same plan from the ledger's numbers and carries out its own part. A plan moves whole pages, and
-only where that lets somebody reach a page that is wholly within its share: who gave a page to its
-share's edge is not entitled to get one back, so no page goes to and fro.
+same plan from the ledger's numbers and carries out its own part. A plan moves whole pages: to who
+waits for one wholly within its share, or, from who holds one wholly beyond its own, for one across
+its share's edge. Who gave a page is then not entitled to get one back: no page goes to and fro.
 """
 
 from __future__ import annotations
