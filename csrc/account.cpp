@@ -106,31 +106,76 @@ int64_t AccountHandle::charge() const {
 }
 
 int64_t AccountHandle::others_demand() const {
-  if (!usable()) return 0;
-  int64_t demand = 0;
+  return usable() ? charges::others(segment_->shared(), index_).demand : 0;
+}
+
+bool AccountHandle::pressed() const {
+  return usable() && charges::pressed(segment_->shared(), index_);
+}
+
+int64_t AccountHandle::version() const {
+  return usable() ? charges::load(segment_->header().version.version) : 0;
+}
+
+StandingsView AccountHandle::standings() const {
+  StandingsView view{0, 0, {}};
+  if (!usable()) return view;
+  view.lendable = charges::lent(segment_->shared());
   for (uint32_t i = 0, n = charges::account_rows(segment_->header()); i < n; ++i) {
     const layout::Account& account = segment_->account(i);
-    if (i == index_ || !charges::used(account.name.state)) continue;
-    demand += charges::load(account.scheduler.demand);
-    for (uint32_t j = 0, m = charges::member_rows(account); j < m; ++j) {
-      demand += charges::load(account.members[j].demand);
+    if (i == index_) view.own = view.accounts.size();
+    if (i != index_ && !charges::used(account.name.state)) continue;
+    const layout::Scheduler& numbers = account.scheduler;
+    charges::Sums sums = charges::sums(account);
+    StandingView each{charges::floor(account),
+                      charges::limit(account),
+                      account.settings.weight.load(),
+                      sums.charge,
+                      charges::load(numbers.in_use),
+                      charges::load(numbers.cached),
+                      charges::load(numbers.warm),
+                      charges::load(numbers.demand),
+                      charges::load(account.geometry.page_bytes),
+                      charges::used(numbers.working)};
+    if (charges::used(numbers.claimed)) {
+      // What members wait for is leased already: the device has so much less than it should.
+      view.lendable -= sums.demand;
+    } else {
+      // Nobody says what it is used for, and members wait for what is not leased yet. What they
+      // set aside is no longer lendable, whether it is there or not: it is not wanted once more.
+      each.in_use = sums.charge;
+      each.demand = sums.demand - charges::set_aside_demand(account);
     }
+    view.accounts.push_back(each);
   }
-  return demand;
+  return view;
 }
 
 void AccountHandle::set_demand(int64_t size_bytes) {
   if (!usable()) return;
   int64_t before = row().scheduler.demand.exchange(size_bytes);
+  if (size_bytes == before) return;
+  segment_->changed();
   if (size_bytes > before) segment_->ring(Bell::kPressure);
+  // What was kept for this account may be leased by others now.
+  if (size_bytes == 0) segment_->ring(Bell::kFreed);
 }
 
-void AccountHandle::publish(int64_t in_use, int64_t cached, int64_t warm) {
+void AccountHandle::press() {
+  if (usable()) segment_->ring(Bell::kPressure);
+}
+
+void AccountHandle::publish(int64_t in_use, int64_t cached, int64_t warm, bool working) {
   if (!usable()) return;
   layout::Scheduler& numbers = row().scheduler;
+  bool same = charges::load(numbers.in_use) == in_use && charges::load(numbers.cached) == cached &&
+              charges::load(numbers.warm) == warm && charges::used(numbers.working) == working;
+  if (same) return;
   numbers.in_use.store(in_use, std::memory_order_release);
   numbers.cached.store(cached, std::memory_order_release);
   numbers.warm.store(warm, std::memory_order_release);
+  numbers.working.store(working ? 1 : 0, std::memory_order_release);
+  segment_->changed();
 }
 
 void AccountHandle::set_ready(bool ready) {
@@ -199,7 +244,7 @@ Grant MemberHandle::pin(int64_t size_bytes) {
     granted = segment_->reap_locked() != 0 && segment_->reserve_locked(index_, size_bytes);
   }
   if (!granted) {
-    member().demand.store(size_bytes);
+    if (member().demand.exchange(size_bytes) != size_bytes) segment_->changed();
     segment_->ring(Bell::kPressure);
     return Grant::kRefused;
   }
@@ -214,6 +259,7 @@ Grant MemberHandle::pin(int64_t size_bytes) {
 void MemberHandle::set_demand(int64_t size_bytes) {
   if (!usable()) return;
   int64_t before = member().demand.exchange(size_bytes);
+  if (size_bytes != before) segment_->changed();
   if (size_bytes > before) segment_->ring(Bell::kPressure);
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "segment.hpp"
 
@@ -17,6 +18,21 @@ enum class Grant {
   kBusy,       // a live process holds the lock and does not let go: a shortage too
   kContended,  // only from the attempts that do not wait: try again, waiting
   kUnusable,   // closed, or inherited through a fork
+};
+
+// One account's numbers as the policy needs them. Read without the lock: they fit together when
+// the version did not change meanwhile, and the next version corrects them otherwise.
+struct StandingView {
+  int64_t guarantee, limit;  // the pinned page is within both
+  double weight;
+  int64_t charge, in_use, cached, warm, demand, page_bytes;
+  bool working;
+};
+
+struct StandingsView {
+  int64_t lendable;  // less what the device refuses although it is leased
+  size_t own;        // the asking account's place in `accounts`
+  std::vector<StandingView> accounts;
 };
 
 // The owner: the process that schedules for the instance and leases for all its members.
@@ -40,8 +56,12 @@ class AccountHandle {
   int64_t ceiling() const;
   int64_t charge() const;
   int64_t others_demand() const;
+  bool pressed() const;  // whether it may have to give something back; see charges::pressed
+  int64_t version() const;
+  StandingsView standings() const;
   void set_demand(int64_t size_bytes);
-  void publish(int64_t in_use, int64_t cached, int64_t warm);
+  void press();  // wakes those who may have to give something back
+  void publish(int64_t in_use, int64_t cached, int64_t warm, bool working);
   void set_ready(bool ready);
   void describe(int64_t block_bytes, int64_t block_tokens, int64_t page_bytes);
   void count_reclaimed(int64_t size_bytes);

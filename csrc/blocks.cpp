@@ -151,11 +151,24 @@ Status Blocks::alloc(int64_t count, int32_t* ids) {
     file_page(page, was_idle);
   }
   for (; done < count; ++done) {
-    const int32_t id = lru_.front();
-    (void)touch(&id, 1);
-    ids[done] = id;
+    ids[done] = lru_.front();
+    use_cached(ids[done]);
+    ++evictions_;
   }
+  misses_ += count;
   return Status::ok();
+}
+
+void Blocks::use_cached(int32_t id) {
+  const int32_t page = page_of(id);
+  const bool was_idle = page_used_[page] == 0;
+  lru_.erase(id);
+  state_[id] = kUsed;
+  --page_cached_[page];
+  --cached_;
+  ++page_used_[page];
+  ++used_;
+  file_page(page, was_idle);
 }
 
 Status Blocks::free(const int32_t* ids, const uint8_t* cached, int64_t count) {
@@ -198,17 +211,8 @@ Status Blocks::touch(const int32_t* ids, int64_t count) {
     }
     state_[ids[i]] = kMarked;
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t id = ids[i], page = page_of(id);
-    const bool was_idle = page_used_[page] == 0;
-    lru_.erase(id);
-    state_[id] = kUsed;
-    --page_cached_[page];
-    --cached_;
-    ++page_used_[page];
-    ++used_;
-    file_page(page, was_idle);
-  }
+  for (int64_t i = 0; i < count; ++i) use_cached(ids[i]);
+  hits_ += count;
   return Status::ok();
 }
 
@@ -222,12 +226,15 @@ void Blocks::uncache(int64_t count, std::vector<int32_t>& evicted) {
     push_free(id);
     file_page(page, was_idle);
     evicted.push_back(id);
+    ++evictions_;
   }
 }
 
 void Blocks::uncache_all() {
   std::vector<int32_t> evicted;
+  const int64_t evictions = evictions_;
   uncache(cached_, evicted);
+  evictions_ = evictions;  // who empties the cache does not want for blocks
 }
 
 Status Blocks::add_page(int32_t page) {

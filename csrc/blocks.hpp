@@ -7,7 +7,9 @@
 // freed. Not thread-safe: one scheduler owns a pool.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "id_sets.hpp"
@@ -47,7 +49,20 @@ class Blocks {
   // and the blocks whose contents are lost.
   void reclaim(int64_t count, std::vector<int32_t>& pages, std::vector<int32_t>& evicted);
 
-  int64_t available() const { return free_ + cached_; }
+  // No more than `blocks` are in use by way of alloc: fewer are available than are free. What is
+  // in use above the bound stays so. kNoBound lifts it.
+  static constexpr int64_t kNoBound = std::numeric_limits<int64_t>::max();
+  void set_bound(int64_t blocks) { bound_ = std::max<int64_t>(0, blocks); }
+  int64_t bound() const { return bound_; }
+
+  int64_t available() const {
+    return std::min(free_ + cached_, std::max<int64_t>(0, bound_ - used_));
+  }
+  // Blocks since the pool was made: cached ones that were used again, those handed out to be
+  // filled, and cached ones lost to that, or to a bound of the cache (not to reclaim).
+  int64_t hits() const { return hits_; }
+  int64_t misses() const { return misses_; }
+  int64_t evictions() const { return evictions_; }
   int64_t free_blocks() const { return free_; }
   int64_t cached_blocks() const { return cached_; }
   int64_t used_blocks() const { return used_; }
@@ -79,6 +94,7 @@ class Blocks {
   }
   Status check_id(int32_t id, State expected, const char* action) const;
   void pop_free(int32_t id_page, int32_t* id);
+  void use_cached(int32_t id);
   void unlink_free(int32_t id);
   void push_free(int32_t id);
   void file_page(int32_t page, bool was_idle);
@@ -88,6 +104,8 @@ class Blocks {
   const int32_t blocks_per_page_;
   const int32_t num_pages_;
   int64_t free_ = 0, cached_ = 0, used_ = 0;
+  int64_t bound_ = kNoBound;
+  int64_t hits_ = 0, misses_ = 0, evictions_ = 0;
   int32_t present_ = 0, empty_ = 0, idle_ = 0;
   std::vector<uint8_t> state_;                      // by block
   std::vector<int32_t> free_next_, free_previous_;  // by block: the free list of its page

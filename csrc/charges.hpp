@@ -41,6 +41,7 @@ inline uint32_t account_rows(const Header& header) {
 
 struct Sums {
   int64_t held = 0;     // bytes that live members hold
+  int64_t demand = 0;   // bytes that members wait for
   int64_t created = 0;  // ever, by all members of the account's life
   int64_t leased = 0;   // bytes leased now; 0 without an owner
   int64_t charge = 0;
@@ -56,6 +57,7 @@ inline Sums sums(const Account& account) {
     int64_t created = load(member.created);
     released += freed;
     result.created += created;
+    result.demand += load(member.demand);
     result.held += std::max<int64_t>(0, created - freed);
   }
   if (used(account.scheduler.claimed)) {
@@ -102,11 +104,27 @@ inline int64_t set_aside(const Shared& shared) {
   return result;
 }
 
+// What members of the account wait for of that.
+inline int64_t set_aside_demand(const Account& account) {
+  int64_t result = 0;
+  for (uint32_t i = 0, n = member_rows(account); i < n; ++i) {
+    const Member& member = account.members[i];
+    if (load(member.set_aside) > 0) result += load(member.demand);
+  }
+  return result;
+}
+
+// What leases may add up to now.
+inline int64_t lent(const Shared& shared) {
+  return left_by_others(shared.header) - set_aside(shared);
+}
+
 // All accounts but one (`except` may be none: kMaxAccounts).
 struct Others {
   int64_t charge = 0;  // what they hold
   int64_t claim = 0;   // what they hold or are sure of
   int64_t floor = 0;   // what they are sure of
+  int64_t demand = 0;  // what they want and could not lease
 };
 
 inline Others others(const Shared& shared, uint32_t except) {
@@ -114,11 +132,12 @@ inline Others others(const Shared& shared, uint32_t except) {
   for (uint32_t i = 0, n = account_rows(shared.header); i < n; ++i) {
     const Account& account = shared.accounts[i];
     if (i == except || !used(account.name.state)) continue;
-    int64_t charged = charge(account);
+    Sums own = sums(account);
     int64_t sure = floor(account);
-    result.charge += charged;
+    result.charge += own.charge;
     result.floor += sure;
-    result.claim += std::max(charged, sure);
+    result.claim += std::max(own.charge, sure);
+    result.demand += own.demand + load(account.scheduler.demand);
   }
   return result;
 }
@@ -138,11 +157,21 @@ inline Room room(const Shared& shared, uint32_t index) {
   Others rest = others(shared, index);
   int64_t mine = charge(account);
   int64_t sure = floor(account);
-  int64_t lent = left_by_others(shared.header) - set_aside(shared);
-  int64_t beyond_floor = rest.claim + std::max(mine, sure) <= lent ? lent - rest.claim - mine : 0;
-  int64_t within_floor = std::min(sure - mine, lent - rest.charge - mine);
+  int64_t all = lent(shared);
+  int64_t beyond_floor = rest.claim + std::max(mine, sure) <= all ? all - rest.claim - mine : 0;
+  int64_t within_floor = std::min(sure - mine, all - rest.charge - mine);
   int64_t leasable = std::min(std::max(beyond_floor, within_floor), limit(account) - mine);
   return {std::max<int64_t>(0, leasable), rest.charge + mine};
+}
+
+// Whether the account may have to give something back: others wait for memory, it is above its
+// limit, or what all hold and are sure of no longer fits.
+inline bool pressed(const Shared& shared, uint32_t index) {
+  const Account& account = shared.accounts[index];
+  Others rest = others(shared, index);
+  int64_t mine = charge(account);
+  return rest.demand > 0 || mine > limit(account) ||
+         rest.claim + std::max(mine, floor(account)) > lent(shared);
 }
 
 // The most that the account can ever hold under today's settings, beside what others use today.

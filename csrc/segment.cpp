@@ -144,6 +144,7 @@ Status Segment::set_weight(const std::string& key, double weight) {
             key + ": weight " + std::to_string(weight) + ": expected more than 0, at most 1e6"};
   }
   account(index).settings.weight.store(weight);
+  changed();
   ring(Bell::kPressure);
   return Status::ok();
 }

@@ -126,6 +126,7 @@ struct alignas(kLine) Scheduler {
   I64 warm;
   I64 demand;
   U32 ready;
+  U32 working;  // 1 while requests run: what is cached is part of what it works with
 };
 
 // Written by the account's owner.

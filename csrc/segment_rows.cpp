@@ -107,7 +107,7 @@ Status Segment::claim_owner(uint32_t index) {
                                " has an owner, process " + std::to_string(row.pid.load())};
   }
   row.in_use = row.cached = row.warm = row.demand = 0;
-  row.ready = 0;
+  row.ready = row.working = 0;
   row.pid = static_cast<uint32_t>(getpid());
   // What members created before there was an owner is leased from now on, so the charge stays.
   row.leased = charges::sums(account(index)).created;
@@ -137,6 +137,7 @@ void Segment::vacate_owner(uint32_t index) {
   row.claimed = 0;  // from here on only what members hold is charged
   row.demand = 0;
   row.in_use = row.cached = row.warm = 0;
+  row.working = 0;
   liveness_.drop(owner_byte(index));
 }
 

@@ -117,9 +117,18 @@ void bind_blocks(py::module_& module) {
           },
           py::arg("count"))
       .def("available", &Blocks::available)
+      .def(
+          "set_bound",
+          [](Blocks& blocks, std::optional<int64_t> bound) {
+            blocks.set_bound(bound.value_or(Blocks::kNoBound));
+          },
+          py::arg("blocks"))
       .def("is_present", &Blocks::is_present, py::arg("page"))
       .def("used_in", &Blocks::used_in, py::arg("page"))
       .def("check", [](const Blocks& blocks) { raise_if_failed(blocks.check()); })
+      .def_property_readonly("hits", &Blocks::hits)
+      .def_property_readonly("misses", &Blocks::misses)
+      .def_property_readonly("evictions", &Blocks::evictions)
       .def_property_readonly("free_blocks", &Blocks::free_blocks)
       .def_property_readonly("cached_blocks", &Blocks::cached_blocks)
       .def_property_readonly("used_blocks", &Blocks::used_blocks)

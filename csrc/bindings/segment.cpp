@@ -137,6 +137,17 @@ std::shared_ptr<MemberHandle> attach(const std::shared_ptr<Segment>& segment,
   return member;
 }
 
+py::tuple standings(const AccountHandle& account) {
+  StandingsView view = account.standings();
+  py::list rows;
+  for (const StandingView& each : view.accounts) {
+    rows.append(py::make_tuple(each.guarantee, each.limit, each.weight, each.charge, each.in_use,
+                               each.cached, each.warm, each.demand,
+                               std::max<int64_t>(1, each.page_bytes), each.working));
+  }
+  return py::make_tuple(view.lendable, view.own, rows);
+}
+
 // Most leases find the lock free and the memory there: those never let go of the GIL.
 bool lease(AccountHandle& account, int64_t size_bytes) {
   checked(size_bytes);
@@ -237,6 +248,10 @@ void bind_account(py::module_& module) {
       .def("ceiling", &AccountHandle::ceiling)
       .def("charge", &AccountHandle::charge)
       .def("others_demand", &AccountHandle::others_demand)
+      .def("pressed", &AccountHandle::pressed)
+      .def("press", &AccountHandle::press)
+      .def("standings", &standings)
+      .def_property_readonly("version", &AccountHandle::version)
       .def("set_demand",
            [](AccountHandle& account, int64_t size) { account.set_demand(checked(size)); })
       .def("publish", &AccountHandle::publish)

@@ -224,6 +224,7 @@ class ElasticCache:
             self.member.close()
             raise
         self.account: Account = ledger.join(instance, name, layout.page_bytes)
+        self._short = False
         self.pool = PagePool(
             Blocks(layout.num_blocks, layout.blocks_per_page),
             self.account,
@@ -239,8 +240,12 @@ class ElasticCache:
         if count > blocks.free_blocks and 0 < count <= blocks.num_blocks:
             self.pool.prefer_growth(count)
             if not self.pool.ensure(count):
+                self._short = True
                 self._settle()  # what was leased on the way is used, or goes back
                 return None
+        if self._short:
+            self._short = False
+            self.account.set_demand(0)
         ids = blocks.alloc(count)
         self._settle()
         return ids

@@ -212,6 +212,11 @@ class Config:
         "KVCACHED_WEIGHT", _number(0.001, 1000, "a number from 0.001 to 1000"), 1.0, "1",
         "a number from 0.001 to 1000",
         "This engine's part of the memory between guarantees and limits, against the others'.")
+    preempt: bool = _setting(
+        "KVCACHED_PREEMPT", _boolean, False, "off", "on or off",
+        "Whether this engine preempts running requests when others wait for memory that it uses "
+        "above its fair share. Without it the engine starts no further request until enough of "
+        "them have ended.")
     page_bytes: int | None = _setting(
         "KVCACHED_PAGE_SIZE_MB", _page_size, None,
         "chosen so that a page holds 256 to 1024 tokens", "MiB, from 0.0625 to 4096",

@@ -20,11 +20,13 @@ Member.lock_fd).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from kvcached import vmm_ops
 from kvcached.errors import LedgerError
+from kvcached.policy import Standing, fixed_weight
 from kvcached.snapshot import LedgerSnapshot, ledger_snapshot
 
 
@@ -218,12 +220,47 @@ class Account:
         self.core.set_demand(size_bytes)
 
     def others_demand(self) -> int:
-        """Bytes that all other accounts want: what reclaim here should try to free."""
+        """Bytes that all other accounts want and could not lease."""
         return self.core.others_demand()
 
-    def publish(self, in_use: int, cached: int, warm: int) -> None:
-        """Tells tools what the charged bytes are used for."""
-        self.core.publish(in_use, cached, warm)
+    def pressed(self) -> bool:
+        """Whether this account may have to give something back: others wait for memory, it is
+        above its limit, or what all hold and are guaranteed does not fit. Cheap.
+        """
+        return self.core.pressed()
+
+    def press(self) -> None:
+        """Raises the pressure: wakes those who may have to give something back."""
+        self.core.press()
+
+    def version(self) -> int:
+        """Changes with everything that ``standings`` says."""
+        return self.core.version
+
+    def standings(self, page: int, demand: int = 0) -> tuple[int, list[Standing], int]:
+        """What the policy needs: the bytes that can be lent, all accounts, this one's place.
+
+        ``page`` is the size of this account's pages, ``demand`` what it wants at least. Takes no
+        lock: what changes meanwhile changes the version too.
+        """
+        lendable, own, rows = self.core.standings()
+        standings = [
+            Standing(guarantee, limit, fixed_weight(weight), *sizes)
+            for guarantee, limit, weight, *sizes in rows
+        ]
+        if not standings:  # the handle is closed
+            return lendable, [Standing(page=page)], 0
+        mine = standings[own]
+        standings[own] = replace(mine, page=page, demand=max(demand, mine.demand))
+        return lendable, standings, own
+
+    def reap(self) -> int:
+        """Clears the rows of dead processes; returns how many. Raises LedgerBusyError."""
+        return self._segment.reap()
+
+    def publish(self, in_use: int, cached: int, warm: int, working: bool = False) -> None:
+        """Says what the charged bytes are used for, in whole pages, and whether requests run."""
+        self.core.publish(in_use, cached, warm, working)
 
     def set_ready(self, ready: bool = True) -> None:
         """Tells tools that the engine serves now."""

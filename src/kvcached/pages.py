@@ -7,17 +7,23 @@ Its decisions leave as commands, which the engine carries to the processes that 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvcached.errors import ConfigError, KvcachedError
+from kvcached.sharing import FairShare, Rival
 from kvcached.traffic import Traffic
 from kvcached.units import ceil_div
 from kvcached.vmm_ops import Blocks
 
+# An engine counts as working for so long after its last request: between two requests of a client
+# its cache is not idle. What it holds above its fair share goes at once all the same.
+REST_S = 0.5
 
-class Lender(Protocol):
+
+class Lender(Rival, Protocol):
     """What a page pool needs of an account in the ledger; see ``kvcached.ledger.Account``."""
 
     def lease(self, size_bytes: int) -> bool: ...
@@ -25,8 +31,7 @@ class Lender(Protocol):
     def leasable(self) -> int: ...
     def charge(self) -> int: ...
     def set_demand(self, size_bytes: int) -> None: ...
-    def publish(self, in_use: int, cached: int, warm: int) -> None: ...
-    def others_demand(self) -> int: ...
+    def publish(self, in_use: int, cached: int, warm: int, working: bool = False) -> None: ...
     def count_reclaimed(self, size_bytes: int) -> None: ...
 
 
@@ -63,6 +68,8 @@ class PagePool:
     ``page_bytes`` is what one page costs on the device: all regions, all processes that map it.
     ``on_evict`` is told the ids of cached blocks whose contents are lost with a reclaimed page.
     ``max_cached_blocks`` bounds the prefix cache; None is no bound.
+    With ``preempt``, while others wait for memory that the engine uses above its fair share, it
+    gets no further block: so it preempts.
     The page of block 0 counts as leased and mapped from the start (the member pins it).
     """
 
@@ -75,6 +82,8 @@ class PagePool:
         warm_low: int,
         warm_high: int,
         max_cached_blocks: int | None = None,
+        preempt: bool = False,
+        clock: Callable[[], float] = time.monotonic,
         on_evict: Callable[[Sequence[int]], None],
     ) -> None:
         if not 0 <= warm_low <= warm_high:
@@ -86,7 +95,14 @@ class PagePool:
         self._warm_low = warm_low
         self._warm_high = warm_high
         self._max_cached_blocks = max_cached_blocks
+        self._preempt = preempt
         self._on_evict = on_evict
+        self._fair = FairShare(account, page_bytes)
+        self._owed = 0  # bytes in use above the fair share that others wait for
+        self._clock = clock
+        self._busy = False
+        self._worked_s = float("-inf")  # when it was last seen to work
+        self._working = False  # as published
         # Both keep insertion order, and neither command has left yet.
         self._to_map: dict[int, None] = {}
         self._to_unmap: dict[int, None] = {}
@@ -146,6 +162,8 @@ class PagePool:
             return False
         kept = list(self._to_unmap)[-pages:]
         fresh = pages - len(kept)
+        if not self._may_grow(pages):
+            return False
         if fresh and not self._account.lease(fresh * self.page_bytes):
             return False
         # Pages whose unmap has not left are still mapped and leased: they are simply kept. All
@@ -158,6 +176,13 @@ class PagePool:
             for page in self.blocks.grow(fresh):
                 self._to_map[page] = None
         return True
+
+    def _may_grow(self, pages: int) -> bool:
+        """Whether fair shares allow it. Pages about to leave count: others wait for them."""
+        if self._account.others_demand() == 0:
+            return True
+        self.publish()
+        return self._fair.may_lease(pages * self.page_bytes)
 
     # --- giving back
 
@@ -199,18 +224,36 @@ class PagePool:
             self._grow(pages)
 
     def relieve(self) -> int:
-        """Gives back what others want and cannot lease: warm pages, then whole unused pages of
-        cached blocks, longest unused first. Returns the bytes given back.
+        """Gives back what fair shares ask for (``kvcached.policy``): warm pages, then whole unused
+        pages of cached blocks, longest unused first. Returns the bytes given back.
+
+        Call it before each step and whenever the pressure rises. What is in use is not taken:
+        the pool is ``closed`` until enough of it has come free.
         """
-        demand = self._account.others_demand()
-        if demand <= 0:
+        if not self._fair.pressed():
+            self._owe(0)
             return 0
-        # What was given up before and is not gone yet counts as given.
-        leaving = self._account.charge() - self.blocks.present_pages * self.page_bytes
-        wanted = demand - self._account.leasable() - leaving
-        if wanted <= 0:
+        self.publish()
+        plan = self._fair.news()
+        if plan is None:
             return 0
-        return self.give_up(ceil_div(wanted, self.page_bytes)) * self.page_bytes
+        self._owe(plan.owed)
+        given = self.give_up(ceil_div(plan.give, self.page_bytes))
+        if given:
+            self.publish()  # the others need not give the same once more
+        return given * self.page_bytes
+
+    @property
+    def closed(self) -> bool:
+        """Whether the engine should start no request that is not running: others wait for memory
+        that it uses above its fair share, which comes back as its requests end.
+        """
+        return self._owed > 0 and self.blocks.used_blocks > 1
+
+    def _owe(self, size_bytes: int) -> None:
+        if self._preempt and (size_bytes or self._owed):
+            self.blocks.set_bound(self.blocks.used_blocks if size_bytes else None)
+        self._owed = size_bytes
 
     def give_up(self, pages: int) -> int:
         """Gives up to ``pages`` warm or unused cached pages; returns how many."""
@@ -274,7 +317,24 @@ class PagePool:
         blocks, size = self.blocks, self.page_bytes
         idle, empty = blocks.idle_pages, blocks.empty_pages
         busy = blocks.present_pages - idle - empty
-        self._account.publish(busy * size, idle * size, empty * size)
+        self._working = self._works()
+        self._account.publish(busy * size, idle * size, empty * size, self._working)
+
+    def _works(self) -> bool:
+        was_busy, self._busy = self._busy, self.blocks.used_blocks > 1
+        if self._busy or was_busy:
+            self._worked_s = self._clock()
+        return self._clock() - self._worked_s < REST_S
+
+    def rested(self) -> bool:
+        """Whether the engine, idle for long enough, is still said to work: then it should
+        ``relieve``. Any thread may ask.
+        """
+        return (
+            self._working
+            and self.blocks.used_blocks <= 1
+            and self._clock() - self._worked_s >= REST_S
+        )
 
     def check(self) -> None:
         """Adds everything up; raises KvcachedError naming what does not fit."""

@@ -332,10 +332,10 @@ class Load:
 class Pair:
     """Two servers under one budget, and the ledger between them."""
 
-    def __init__(self, model: Path, folder: Path, capacity: int) -> None:
+    def __init__(self, model: Path, folder: Path, capacity: int, **more: str) -> None:
         self.capacity = capacity
         # vLLM wants room for its longest request at start; what really fits is the ledger's affair.
-        changes = switched_on(folder, capacity, KVCACHED_VIRTUAL=str(64 * MIB))
+        changes = switched_on(folder, capacity, KVCACHED_VIRTUAL=str(64 * MIB), **more)
         self._place = (folder / "ledger", changes["KVCACHED_DEVICE"])
         self.a, self.b = (Server(name, model, folder, changes) for name in ("a", "b"))
         self._ledger: Ledger | None = None

@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from harness import PROMPTS, Answer, Pair, Server, wait_until
+from harness import PROMPTS, Answer, Load, Pair, Server, wait_until
 
 
 def burst(server: Server, count: int, max_tokens: int = 24) -> list[Answer]:
@@ -61,6 +61,36 @@ def test_an_idle_cache_goes_to_the_engine_that_works(pair: Pair) -> None:
     assert pair.account(pair.b).charge > pair.capacity // 3
     assert memory.peak <= pair.capacity
     assert pair.ledger.snapshot().high_water <= pair.capacity
+
+
+def test_a_burst_leaves_a_busy_neighbour_its_share(pair: Pair) -> None:
+    """B wants far more than its half while A works and holds more than half in its cache."""
+    fill_with_cache(pair, pair.a)
+    share = pair.capacity // 2
+    refused = pair.account(pair.b).refused
+    charges: list[tuple[int, int]] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.01):
+            charges.append((pair.account(pair.a).charge, pair.account(pair.b).charge))
+
+    with Load(pair.a, 6) as load:  # so many that one of them always runs
+        wait_until(lambda: len(load.answers) > 3, 60, "a works")
+        before = pair.account(pair.a)
+        thread = threading.Thread(target=look)
+        thread.start()
+        answers = burst(pair.b, 24)
+        over.set()
+        thread.join()
+    assert [a.error for a in answers if not a.ok] + load.failures() == []
+    assert pair.account(pair.b).refused > refused, "b was not short of memory"
+    least, most = min(a for a, _ in charges), max(b for _, b in charges)
+    print(f"a from {before.charge} to {least}, b to {most}, of {pair.capacity}")
+    assert before.charge > share and before.charge > least
+    # A does not keep what it does not want itself: the last, partly filled blocks of requests.
+    assert least > share * 3 // 4
+    assert most > share * 3 // 4
 
 
 def test_an_engine_starts_while_the_other_has_cached_everything(pair: Pair) -> None:

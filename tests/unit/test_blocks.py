@@ -115,6 +115,36 @@ def test_reclaim_takes_whole_unused_pages_longest_unused_first() -> None:
     blocks.check()
 
 
+def test_a_bound_hands_out_no_more_and_takes_nothing_away() -> None:
+    blocks = grown()
+    held = blocks.alloc(8)  # 9 in use with block 0
+    blocks.set_bound(9)
+    assert blocks.available() == 0 and blocks.alloc(1) is None
+    blocks.free(held[:3], cached=True)
+    assert blocks.available() == 3 and blocks.alloc(4) is None
+    blocks.set_bound(4)
+    assert blocks.available() == 0 and blocks.used_blocks == 6
+    blocks.touch(held[:1])  # what is found in the cache need not be handed out
+    blocks.set_bound(None)
+    assert blocks.available() == 64 - 7
+    blocks.check()
+
+
+def test_hits_misses_and_evictions_are_counted() -> None:
+    blocks = Blocks(16, 4)
+    blocks.grow(3)
+    held = blocks.alloc(15)
+    blocks.free(held[:6], cached=True)
+    blocks.touch(held[2:4])
+    blocks.alloc(3)  # nothing is free: three of the cached ones are lost
+    assert (blocks.hits, blocks.misses, blocks.evictions) == (2, 18, 3)
+    blocks.uncache(1)
+    assert blocks.evictions == 4
+    blocks.free(held[6:8], cached=True)
+    blocks.uncache_all()
+    assert blocks.evictions == 4, "somebody asked for an empty cache"
+
+
 @pytest.mark.parametrize(
     ("num_blocks", "per_page"), [(0, 1), (-5, 1), (8, 0), (8, 9), (1 << 40, 4)]
 )

@@ -119,13 +119,14 @@ def test_two_instances_relieve_each_other(device: Device) -> None:
     assert first is not None
     one.free(first, cached=True)
     assert device.physical_bytes() == 10 * device.page
-    assert two.alloc(3 + 5 * PER_PAGE) is None
-    assert one.relieve() == 5 * device.page
+    assert two.alloc(3 + 4 * PER_PAGE) is None
+    assert one.relieve() == 4 * device.page
     device.check(one, two)
-    second = two.alloc(3 + 5 * PER_PAGE)
+    second = two.alloc(3 + 4 * PER_PAGE)
     assert second is not None
+    assert one.account.others_demand() == 0
     device.check(one, two)
-    assert one.alloc(3 + 3 * PER_PAGE) is not None, "its other cached blocks are still its own"
+    assert one.alloc(3 + 4 * PER_PAGE) is not None, "its other cached blocks are still its own"
     assert one.alloc(1) is None
     two.free(second)
     device.check(one, two)

@@ -65,6 +65,7 @@ def test_every_boolean_word(word: str) -> None:
         ("KVCACHED_GUARANTEE", "1GiB", "guarantee", Share(GIB)),
         ("KVCACHED_LIMIT", "50%", "limit", Share(percent=50)),
         ("KVCACHED_WEIGHT", "2.5", "weight", 2.5),
+        ("KVCACHED_PREEMPT", "on", "preempt", True),
         ("KVCACHED_PAGE_SIZE_MB", "2", "page_bytes", 2 * MIB),
         ("KVCACHED_WARM_HIGH", "9", "warm_high", 9),
         ("KVCACHED_MAX_CACHED_TOKENS", "16000", "max_cached_tokens", 16000),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvcached.pages import PagePool
+from kvcached.policy import Standing
 from kvcached.vmm_ops import Blocks
 
 PAGE = 1 << 20
@@ -34,9 +35,23 @@ class Lender:
     def set_demand(self, size_bytes: int) -> None:
         self.demand = size_bytes
 
-    def publish(self, in_use: int, cached: int, warm: int) -> None: ...
+    def publish(self, in_use: int, cached: int, warm: int, working: bool = False) -> None: ...
 
     def others_demand(self) -> int:
+        return 0
+
+    def pressed(self) -> bool:
+        return False
+
+    def version(self) -> int:
+        return 1
+
+    def standings(self, page: int, demand: int = 0) -> tuple[int, list[Standing], int]:
+        raise AssertionError("nobody waits")
+
+    def press(self) -> None: ...
+
+    def reap(self) -> int:
         return 0
 
     def count_reclaimed(self, size_bytes: int) -> None: ...

@@ -1,4 +1,4 @@
-"""``kvcached bench``: what kvcached costs, measured here."""
+"""``kvcached bench``: what kvcached costs and who gets what, measured here."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from kvcached.units import format_size, parse_size
 
-app = typer.Typer(help="What kvcached costs, measured here.", no_args_is_help=True)
+app = typer.Typer(
+    help="What kvcached costs and who gets what, measured here.", no_args_is_help=True
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout; progress to stderr.")]
 
@@ -108,6 +111,65 @@ def engine(
         console.print(_engine_table(result))
 
 
+@app.command()
+def share(
+    instance: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LOAD[:guarantee=SIZE][:limit=SIZE][:weight=NUMBER], once for each instance; "
+            "LOAD is endless, bursts, poisson or trace; SIZE may be a percentage."
+        ),
+    ] = None,
+    instances: Annotated[
+        int, typer.Option(min=0, max=64, help="How many; those above are repeated in turn.")
+    ] = 0,
+    seconds: Annotated[float, typer.Option(min=1, help="Simulated seconds.")] = 600.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 1,
+    capacity: Annotated[str, typer.Option(help="Memory of the device.")] = "256MiB",
+    preempt: Annotated[
+        bool, typer.Option("--preempt/--no-preempt", help="As KVCACHED_PREEMPT.")
+    ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="A trace to play: CSV as Azure's, JSON lines as Mooncake's."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Who gets the memory: simulated engines on the real ledger, policy and page pools.
+
+    Time is simulated, so minutes pass in seconds, and everything repeats for a seed.
+
+    Examples:
+
+      kvcached bench share
+
+      kvcached bench share --instance endless --instance bursts:guarantee=25% --seconds 10000
+
+      kvcached bench share --instance trace --instances 16 --json | jq .jain
+    """
+    from kvcached.bench.share import parse_instance, run
+    from kvcached.bench.share_load import read_trace
+
+    specs = [parse_instance(text) for text in instance or ["endless", "bursts:guarantee=25%"]]
+    specs = [specs[i % len(specs)] for i in range(instances or len(specs))]
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("simulated seconds", total=seconds)
+        result = run(
+            specs,
+            seconds=seconds,
+            seed=seed,
+            capacity_bytes=parse_size(capacity, "--capacity"),
+            preempt=preempt,
+            trace=read_trace(trace),
+            progress=lambda now: progress.update(task, completed=now),
+        )
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        Console().print(_share_table(result))
+
+
 def _alloc_tables(result: dict[str, Any]) -> list[Table]:
     core = Table(title="Core allocator, warm, microseconds", title_justify="left")
     core.add_column("operation")
@@ -154,6 +216,34 @@ def _vmm_table(result: dict[str, Any]) -> Table:
                 )
             )
             table.add_row(f"{way}, {words}", f"{ours:.2f}", f"{bare:.2f}", f"{ratio:.2f}")
+    return table
+
+
+def _share_table(result: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"{format_size(result['capacity_bytes'])} for {result['seconds']:g} simulated "
+        f"seconds, seed {result['seed']}: {result['utilisation']:.0%} in use, "
+        f"Jain {result['jain']:.3f}",
+        title_justify="left",
+    )
+    table.add_column("instance", no_wrap=True)
+    for heading in ("guarantee", "below", "done", "p50", "p99", "in use", "of share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.caption = (
+        "below: seconds below the guarantee; p50, p99: waits in seconds; of share: what it held "
+        "of its fair share while it waited"
+    )
+    for each in result["instances"]:
+        table.add_row(
+            each["name"],
+            format_size(each["guarantee_bytes"]),
+            f"{each['below_guarantee_s']:.2f}",
+            str(each["finished"]),
+            f"{each['wait_p50_s']:.2f}",
+            f"{each['wait_p99_s']:.2f}",
+            f"{each['utilisation']:.1%}",
+            f"{each['part_of_share']:.2f}" if each["contended_s"] else "",
+        )
     return table
 
 

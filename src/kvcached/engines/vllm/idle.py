@@ -20,6 +20,7 @@ from kvcached.engines.vllm.scheduler import ElasticScheduler
 from kvcached.errors import EngineError, LedgerBusyError, LedgerError, UnavailableError
 from kvcached.foreign import Memory
 from kvcached.ledger import Ledger
+from kvcached.sharing import FairShare
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +55,17 @@ def _follow_pressure(scheduler: ElasticScheduler, wake: Any) -> None:
     account, ledger = scheduler.account, scheduler.ledger
     memory = scheduler.device.memory
     tick = TICK_S if memory is None else FOREIGN_TICK_S
+    fair = FairShare(account, scheduler.pages.page_bytes)
     seen = account.pressure_seq
     while ledger.core.usable:
         now = account.wait_pressure(seen, tick)
         if now == seen and not _look_around(ledger, memory):
             return
-        if now != seen and account.others_demand() > 0:
-            wake()
+        # Also without a call for it: what others use on the device may have grown.
+        if fair.pressed():
+            plan = fair.news()
+            if (plan is not None and plan.give > 0) or scheduler.pages.rested():
+                wake()
         seen = now
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.request import RequestStatus
 
 from kvcached.errors import EngineError
 from kvcached.pages import PagePool
@@ -76,6 +77,8 @@ class ElasticKVCacheManager(KVCacheManager):  # type: ignore[misc]
     on_shortage: Any = None
 
     def allocate_slots(self, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        if self.block_pool.pages.closed and request.status != RequestStatus.RUNNING:
+            return None  # the blocks that are free here are owed to others
         slots = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
         if slots is not None:
             return slots

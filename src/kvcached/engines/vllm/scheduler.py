@@ -71,6 +71,7 @@ class ElasticScheduler:
                 if config.max_cached_tokens < 0
                 else config.max_cached_tokens // shape.block_tokens
             ),
+            preempt=config.preempt,
             on_evict=pool.forget,
         )
         pool.bind(self.pages)
