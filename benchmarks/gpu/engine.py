@@ -42,6 +42,8 @@ class Job:
     loses: str = ""  # a control: "all" of the cache, or one "page" of it, is lost on the way
     batch_invariant: bool = False
     sharpen: bool = True
+    warm_pages: int | None = None  # as many as that, no more and no less
+    judges: tuple[str, ...] = ()  # jobs whose answers this engine judges (work "verdict")
     own_core: bool = False  # the engine's core in a process of its own, as under ``vllm serve``
     compilation: dict[str, Any] = field(
         default_factory=lambda: {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
@@ -64,6 +66,8 @@ class Job:
                 "KVCACHED_DIR": self.ledger,
                 "KVCACHED_NAME": self.name,
             }
+            if self.warm_pages is not None:
+                changes["KVCACHED_WARM_LOW"] = changes["KVCACHED_WARM_HIGH"] = str(self.warm_pages)
             if self.capacity_bytes is not None:
                 changes["KVCACHED_CAPACITY"] = str(self.capacity_bytes)
         return changes
@@ -128,9 +132,17 @@ def sharpen(worker: Any) -> None:
 
 
 def lose(what: str) -> Callable[[Any], None]:
-    """Zeroes a worker's KV cache, or the blocks that kvcached would have on its second page."""
+    """Zeroes a worker's KV cache (``all``) or the blocks that kvcached would have on its second
+    page (``page``), or takes its fences away (``fence``).
+    """
+    import torch
 
     def forget(worker: Any) -> None:
+        if what == "fence":
+            # Fences on a stream without work are passed at once: pages go while they are in use.
+            real, idle_stream = getattr(worker, "worker", worker), torch.cuda.Stream()
+            real._stream = lambda: int(idle_stream.cuda_stream)
+            return
         for cache in worker.model_runner.kv_caches:
             (cache if what == "all" else cache[16:32]).zero_()
 
@@ -204,7 +216,7 @@ def ledger_facts(job: Job) -> dict[str, Any]:
 
 def run(job: Job, folder: Path) -> None:
     """Builds the engine and does the work; results in ``folder/NAME.json`` at each step."""
-    from workloads import WORK
+    from workloads import WORK, verdict
 
     result: dict[str, Any] = {"name": job.name, "ok": False, "work": {}}
 
@@ -223,7 +235,12 @@ def run(job: Job, folder: Path) -> None:
     for index, name in enumerate(job.work):
         if index < len(job.start_files):
             _wait_for(job.start_files[index])
-        result["work"][name] = WORK[name](llm, lose(job.loses) if job.loses else None)
+        if name == "verdict":
+            result["work"][name] = {
+                each: verdict(llm, folder / f"{each}.json") for each in job.judges
+            }
+        else:
+            result["work"][name] = WORK[name](llm, lose(job.loses) if job.loses else None)
         save()
     time.sleep(1.5)  # an idle engine gives back
     result["preemptions"] = sum(

@@ -31,19 +31,28 @@ class Case:
     plain: Job
     elastic: Job
     control: Job | None = None
+    judge: Job | None = None
+    """Where the batches of the two cannot be the same: a plain engine that judges all answers."""
 
     @property
     def jobs(self) -> tuple[Job, ...]:
         return tuple(job for job in (self.plain, self.elastic, self.control) if job is not None)
 
 
-def case(base: Job, *, control: str = "", **elastic: Any) -> Case:
+def case(base: Job, *, control: str = "", judged: bool = False, **elastic: Any) -> Case:
     name = base.name
-    return Case(
-        replace(base, name=f"{name}-plain"),
-        replace(base, name=f"{name}-kvcached", elastic=True, **elastic),
-        replace(base, name=f"{name}-control", loses=control) if control else None,
+    plain = replace(base, name=f"{name}-plain")
+    ours = replace(base, name=f"{name}-kvcached", elastic=True, **elastic)
+    # Only an engine with kvcached has fences to lose.
+    kind = ours if control == "fence" else plain
+    other = replace(kind, name=f"{name}-control", loses=control) if control else None
+    if not judged:
+        return Case(plain, ours, other)
+    names = tuple(job.name for job in (plain, ours, other) if job is not None)
+    judge = replace(
+        plain, name=f"{name}-judge", work=("verdict",), judges=names, own_core=False, runner="V1"
     )
+    return Case(plain, ours, other, judge)
 
 
 def cases(model: str, ledger: str, names: Sequence[str], runners: Sequence[str]) -> Iterator[Case]:
@@ -65,14 +74,18 @@ def cases(model: str, ledger: str, names: Sequence[str], runners: Sequence[str])
         if "triton" in names:
             yield case(named("triton", backend="TRITON_ATTN"))
         if "preempt" in names:
-            # Other batches round differently: only batch-invariant kernels can be compared.
-            invariant = named(
-                "preempt", work=("churn", "prefix"), prefix_caching=True, batch_invariant=True
-            )
             small = {"capacity_bytes": GIB // 2, "ledger": f"{ledger}/{runner}-small"}
-            yield case(invariant, **small)
+            yield case(named("preempt", work=("churn",)), control="all", judged=True, **small)
         if "core" in names:
-            yield case(named("core", own_core=True))
+            # Requests reach another process when they do: its batches are never the same twice.
+            yield case(
+                named("core", work=("churn", "stop"), own_core=True), control="all", judged=True
+            )
+        if "fence" in names:
+            # Without warm pages a page goes as soon as its last block is free.
+            yield case(
+                named("fence", work=("stop", "abort", "churn")), control="fence", warm_pages=0
+            )
         if "compiled" in names:
             compilation = {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE"}
             yield case(named("compiled", compilation=compilation, work=("churn", "stop")))
@@ -114,17 +127,22 @@ def judge(case: Case, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "unmaps": arena.get("unmaps"),
         "start_s": [plain["start_s"], elastic["start_s"]],
     }
-    problems = [work for work, one in equal.items() if one["equal"] != one["requests"]]
+    if case.judge is None:
+        problems = [work for work, one in equal.items() if one["equal"] != one["requests"]]
+    else:
+        problems = _judged(case, results, verdict)
     if plain["facts"]["async_scheduling"] != elastic["facts"]["async_scheduling"]:
         problems.append("one schedules asynchronously, the other does not")
     if not arena.get("unmaps"):
         problems.append("no page was ever given back")
     if case.elastic.capacity_bytes is not None and not elastic["preemptions"]:
         problems.append("nothing was preempted")
-    if case.control is not None:
+    if case.control is not None and case.judge is None:
         control = results.get(case.control.name, {})
         if not control.get("ok"):
-            problems.append("the control did not finish")
+            verdict["control"] = {"died": 0}
+            if case.control.loses != "fence":
+                problems.append("the control did not finish")
         else:
             lost = compare(plain, control)
             verdict["control"] = {work: one["equal"] for work, one in lost.items()}
@@ -134,6 +152,22 @@ def judge(case: Case, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if problems:
         verdict["problem"] = "; ".join(problems)
     return verdict
+
+
+def _judged(case: Case, results: dict[str, dict[str, Any]], verdict: dict[str, Any]) -> list[str]:
+    """Problems by the judge's word; its figures go into the verdict."""
+    assert case.judge is not None and case.control is not None
+    told = results.get(case.judge.name, {}).get("work", {}).get("verdict")
+    if told is None:
+        return ["the judge did not finish"]
+    plain, ours, control = (told[job.name] for job in case.jobs)
+    verdict["judged"] = {"plain": plain, "kvcached": ours, "control": control}
+    problems = []
+    if ours["gap_p99"] > 1.5 * plain["gap_p99"] or ours["gap_worst"] > 2 * plain["gap_worst"]:
+        problems.append("its tokens are less likely than those of the plain engine")
+    if control["gap_p99"] < 4 * plain["gap_p99"]:
+        problems.append("the control lost its KV cache and the judge did not notice")
+    return problems
 
 
 def table(verdicts: Sequence[dict[str, Any]]) -> str:
@@ -152,6 +186,11 @@ def table(verdicts: Sequence[dict[str, Any]]) -> str:
             f"{one['case']:14} {state:4} {equal:42} {control:14} {one['async']!s:5} "
             f"{one['maps']}/{one['unmaps']} {one['preemptions'][0]:.0f}/{one['preemptions'][1]:.0f}"
         )
+        for name, told in one.get("judged", {}).items():
+            lines.append(
+                f"    {name}: {told['likeliest']:.2%} of {told['tokens']} tokens are the "
+                f"likeliest; below it p99 {told['gap_p99']:.4f}, worst {told['gap_worst']:.4f}"
+            )
         if "problem" in one:
             lines.append(f"    {one['problem']}")
     return "\n".join(lines)
@@ -165,7 +204,7 @@ def main() -> int:
     parser.add_argument(
         "--cases",
         default="base,prefix",
-        help="of base, prefix, sync, triton, preempt, core, compiled",
+        help="of base, prefix, sync, triton, preempt, core, fence, compiled",
     )
     parser.add_argument("--at-a-time", type=int, default=4, help="engines at a time")
     parser.add_argument("--limit", type=float, default=420.0, help="seconds in all")
@@ -183,6 +222,7 @@ def main() -> int:
     jobs = [job for one in chosen for job in one.jobs]
     engines.run_all(jobs[:1], 1)  # alone: it compiles what the others then find
     engines.run_all(jobs[1:], options.at_a_time)
+    engines.run_all([one.judge for one in chosen if one.judge is not None], options.at_a_time)
     verdicts = [judge(one, engines.results) for one in chosen]
     (out / "equality.json").write_text(json.dumps(verdicts, indent=1))
     print(table(verdicts))

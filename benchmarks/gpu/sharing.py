@@ -6,6 +6,7 @@ Three set-ups answer the same burst (200 requests of 1024 tokens in and 512 out)
 - alone: one plain engine that has the whole GPU
 - halves: two plain engines with half of the GPU each; the burst goes to one of them
 - shared: two engines with kvcached and one ledger; the burst goes to one, then to the other
+- halves-both, shared-both: as above, but both engines get the burst at the same time
 
 What the GPU says is in use is read while both are idle before the burst, and after it.
 """
@@ -25,6 +26,9 @@ from engine import GIB, Job
 from fleet import Fleet
 
 from kvcached import nvml
+
+WEIGHTS_BYTES = 15 * GIB  # of the 8B shape
+PAIR_OF_PAGES = 64 << 20  # budgets are whole pages, also by half
 
 
 @dataclass(slots=True)
@@ -58,13 +62,29 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class SetUp:
-    """Engines that are up together; bursts go to the first, then to the second if it has work."""
+    """Engines that are up together; bursts go to the first, then to the second if it has work, or
+    to both at once.
+    """
 
     name: str
     jobs: tuple[Job, ...]
+    at_once: bool = False
 
 
-def set_ups(model: str, out: Path, runner: str) -> list[SetUp]:
+def set_ups(model: str, out: Path, runner: str, kv_bytes: int | None) -> list[SetUp]:
+    """``kv_bytes`` is what both engines have for KV caches, where it is not all of the GPU; an
+    engine alone has that and the room for the other's weights.
+    """
+    whole, half, shared = (
+        ({"utilization": 0.9}, {"utilization": 0.45}, {})
+        if kv_bytes is None
+        else (
+            {"kv_bytes": kv_bytes + WEIGHTS_BYTES},
+            {"kv_bytes": kv_bytes // 2},
+            {"capacity_bytes": kv_bytes},
+        )
+    )
+
     def job(set_up: str, which: str, work: str, **changes: Any) -> Job:
         name = f"{set_up}-{which}"
         return Job(
@@ -74,29 +94,40 @@ def set_ups(model: str, out: Path, runner: str) -> list[SetUp]:
             ledger=str(out / "ledger"),
             runner=runner,
             max_seqs=256,
-            kv_bytes=None,
             sharpen=False,
             ready_file=str(out / f"ready-{name}"),
             start_files=(str(out / f"start-{name}"),),
             hold_file=str(out / f"end-{set_up}"),
-            **changes,
+            **({"kv_bytes": None} | changes),
         )
 
     return [
-        SetUp("alone", (job("alone", "a", "throughput", utilization=0.9),)),
+        SetUp("alone", (job("alone", "a", "throughput", **whole),)),
         SetUp(
             "halves",
             (
-                job("halves", "a", "throughput", utilization=0.45),
-                job("halves", "b", "nothing", utilization=0.45),
+                job("halves", "a", "throughput", **half),
+                job("halves", "b", "nothing", **half),
             ),
         ),
         SetUp(
             "shared",
             (
-                job("shared", "a", "throughput", elastic=True),
-                job("shared", "b", "throughput", elastic=True),
+                job("shared", "a", "throughput", elastic=True, **shared),
+                job("shared", "b", "throughput", elastic=True, **shared),
             ),
+        ),
+        SetUp(
+            "halves-both",
+            tuple(job("halves-both", which, "throughput", **half) for which in "ab"),
+            at_once=True,
+        ),
+        SetUp(
+            "shared-both",
+            tuple(
+                job("shared-both", which, "throughput", elastic=True, **shared) for which in "ab"
+            ),
+            at_once=True,
         ),
     ]
 
@@ -113,12 +144,14 @@ def play(set_up: SetUp, engines: Fleet, gpu: nvml.Gpu) -> dict[str, Any]:
     for job in set_up.jobs:
         engines.start(job)
         _until(lambda job=job: Path(job.ready_file).exists(), watch, engines, job)
-    for job in set_up.jobs:
+    for wave in [set_up.jobs] if set_up.at_once else [(job,) for job in set_up.jobs]:
         _pause(2.0, watch)
-        watch.mark(f"start-{job.name}")
-        Path(job.start_files[0]).touch()
-        _until(lambda job=job: _worked(out, job), watch, engines, job)
-        watch.mark(f"end-{job.name}")
+        for job in wave:
+            watch.mark(f"start-{job.name}")
+            Path(job.start_files[0]).touch()
+        for job in wave:
+            _until(lambda job=job: _worked(out, job), watch, engines, job)
+            watch.mark(f"end-{job.name}")
     _pause(4.0, watch)
     watch.mark("idle")
     Path(set_up.jobs[0].hold_file).touch()
@@ -192,8 +225,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
     parser.add_argument("--shape", choices=sorted(fleet.SHAPES), default="8b")
     parser.add_argument("--runner", choices=("V1", "V2"), default="V2")
-    parser.add_argument("--set-ups", default="alone,halves,shared")
+    parser.add_argument(
+        "--set-ups", default="alone,halves,shared", help="also halves-both, shared-both"
+    )
     parser.add_argument("--limit", type=float, default=480.0, help="seconds in all")
+    parser.add_argument(
+        "--kv-gib", type=float, help="KV memory of both together, to compare as on a smaller GPU"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     out = options.out.resolve()
@@ -202,7 +240,9 @@ def main() -> int:
     gpu = nvml.Gpu(fleet.gpu_uuid())
     engines = Fleet(out, options.limit)
     results = []
-    for set_up in set_ups(model, out, options.runner):
+    kv_bytes = None if options.kv_gib is None else int(options.kv_gib * GIB) // PAIR_OF_PAGES
+    kv_bytes = None if kv_bytes is None else kv_bytes * PAIR_OF_PAGES
+    for set_up in set_ups(model, out, options.runner, kv_bytes):
         if set_up.name in options.set_ups.split(","):
             results.append(play(set_up, engines, gpu))
             (out / "sharing.json").write_text(json.dumps(results, indent=1))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 Damage = Callable[[Any], None]
@@ -103,23 +105,29 @@ def _prompt(random_: random.Random, tokens: int) -> list[int]:
     return [random_.randrange(LOW_TOKEN, HIGH_TOKEN) for _ in range(tokens)]
 
 
-def churn(llm: Any, damage: Damage | None) -> dict[str, Any]:
-    """Prompts and answers of all lengths: blocks come and go all the time."""
+def churn_asks() -> list[Ask]:
     draw = random.Random("churn")
-    asks = [
+    return [
         Ask(_prompt(draw, draw.randrange(20, 1500)), draw.randrange(4, 120)) for _ in range(160)
     ]
-    return play(llm, asks, damage=damage)
+
+
+def stop_asks() -> list[Ask]:
+    draw = random.Random("stop")
+    ends = list(range(5, 128_000, 40))
+    return [Ask(_prompt(draw, draw.randrange(20, 1200)), 200, ends) for _ in range(120)]
+
+
+def churn(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """Prompts and answers of all lengths: blocks come and go all the time."""
+    return play(llm, churn_asks(), damage=damage)
 
 
 def stop(llm: Any, damage: Damage | None) -> dict[str, Any]:
     """Answers that end where nobody knew: with asynchronous scheduling the step after the last is
     under way by then.
     """
-    draw = random.Random("stop")
-    ends = list(range(5, 128_000, 40))
-    asks = [Ask(_prompt(draw, draw.randrange(20, 1200)), 200, ends) for _ in range(120)]
-    return play(llm, asks, damage=damage)
+    return play(llm, stop_asks(), damage=damage)
 
 
 def abort(llm: Any, damage: Damage | None) -> dict[str, Any]:
@@ -161,6 +169,42 @@ def throughput(llm: Any, damage: Damage | None, *, requests: int = 200) -> dict[
 def nothing(llm: Any, damage: Damage | None) -> dict[str, Any]:
     """No work: for engines that are only there."""
     return {"tokens": [], "seconds": 0.0, "steps": 0}
+
+
+ASKS: Mapping[str, Callable[[], list[Ask]]] = {"churn": churn_asks, "stop": stop_asks}
+
+
+def verdict(llm: Any, path: Path) -> dict[str, Any]:
+    """What this engine says of another's answers, read from its results: for each token, how far
+    its log probability is below that of the likeliest one (0 where it is that one).
+
+    For engines whose batches differ. In bfloat16 a batch of another shape rounds differently, an
+    answer that takes another turn stays different, and counting equal tokens says nothing; but
+    every token must still be among the likeliest, given those before it.
+    """
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+    work = json.loads(path.read_text())["work"]
+    gaps: list[float] = []
+    for name in work.keys() & ASKS.keys():
+        for ask, answer in zip(ASKS[name](), work[name]["tokens"], strict=True):
+            if answer is None:
+                continue
+            (output,) = llm.generate(
+                [{"prompt_token_ids": ask.prompt + answer}], params, use_tqdm=False
+            )
+            told = output.prompt_logprobs[len(ask.prompt) :]
+            for token, choices in zip(answer, told, strict=True):
+                best = max(choice.logprob for choice in choices.values())
+                gaps.append(best - choices[token].logprob)
+    gaps.sort()
+    return {
+        "tokens": len(gaps),
+        "likeliest": sum(gap == 0 for gap in gaps) / max(1, len(gaps)),
+        "gap_p99": gaps[int(0.99 * len(gaps))] if gaps else None,
+        "gap_worst": gaps[-1] if gaps else None,
+    }
 
 
 WORK: Mapping[str, Callable[[Any, Damage | None], dict[str, Any]]] = {

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from harness import PROMPTS, Answer, Load, Pair, Server, wait_until
 
+# Of the budget: the rest is less than one of the requests below needs.
+FULL = 0.8
+
 
 def burst(server: Server, count: int, max_tokens: int = 24) -> list[Answer]:
     """So many requests at once, all of different prompts."""
@@ -25,11 +28,11 @@ def fill_with_cache(pair: Pair, server: Server) -> None:
     assert other.engine is not None
     other.engine.reset_prefix_cache()
     for number in range(40):
-        if pair.account(server).cached > 0.6 * pair.capacity:
+        if pair.account(server).cached > FULL * pair.capacity:
             break
         prompt = [number * 3 + 9, *PROMPTS[-1]]
         assert server.ask(prompt, 8).ok
-    assert pair.account(server).cached > 0.6 * pair.capacity
+    assert pair.account(server).cached > FULL * pair.capacity
 
 
 def cpu_s(pid: int) -> float:
@@ -40,13 +43,14 @@ def cpu_s(pid: int) -> float:
 def test_an_idle_cache_goes_to_the_engine_that_works(pair: Pair) -> None:
     fill_with_cache(pair, pair.a)
     before = pair.account(pair.a)
+    # What B could have without A's giving any back.
+    there = pair.capacity - before.charge
     with pair.watch() as memory:
         start = time.monotonic()
         first: list[float] = []
 
         def see_the_lease() -> None:
-            granted = pair.account(pair.b).leased
-            while pair.account(pair.b).leased <= granted and time.monotonic() - start < 60:
+            while pair.account(pair.b).leased <= there and time.monotonic() - start < 60:
                 time.sleep(0.001)
             first.append(time.monotonic() - start)
 
@@ -55,10 +59,10 @@ def test_an_idle_cache_goes_to_the_engine_that_works(pair: Pair) -> None:
         answers = burst(pair.b, 10)
         thread.join()
     after = pair.account(pair.a)
-    print(f"first lease {first[0] * 1e3:.0f} ms after the burst's start")
+    print(f"more than was free {first[0] * 1e3:.0f} ms after the burst's start")
+    assert first[0] < 60
     assert [a.error for a in answers if not a.ok] == []
     assert after.charge < before.charge and after.reclaimed > before.reclaimed
-    assert pair.account(pair.b).charge > pair.capacity // 3
     assert memory.peak <= pair.capacity
     assert pair.ledger.snapshot().high_water <= pair.capacity
 

@@ -56,6 +56,7 @@ class Instance:
         self.ledger.set_weight(name, dice.choice([0.5, 1.0, 1.0, 4.0]))
         self.held: list[list[int]] = []
         self.under_way: list[Commands] = []
+        self.mapped = {0}
 
     @property
     def present(self) -> int:
@@ -65,7 +66,23 @@ class Instance:
         commands = self.under_way.pop(0)
         if commands.unmap:
             self.member.released(len(commands.unmap) * PAGE)
-        self.member.created(len(commands.map) * PAGE)
+        fresh = fresh_pages(commands, self.mapped)
+        self.member.created(len(fresh) * PAGE)
+        self.mapped = self.mapped - {*commands.unmap} | fresh
+
+    def bytes_to_come(self) -> int:
+        """What the commands under way will create."""
+        mapped, size = self.mapped, 0
+        for commands in self.under_way:
+            fresh = fresh_pages(commands, mapped)
+            mapped = mapped - {*commands.unmap} | fresh
+            size += len(fresh) * PAGE
+        return size
+
+
+def fresh_pages(commands: Commands, mapped: set[int]) -> set[int]:
+    """The pages that commands create; one that was mapped ahead is named again when needed."""
+    return {*commands.map, *commands.ahead} - (mapped - {*commands.unmap})
 
 
 class Bomb:
@@ -192,8 +209,7 @@ class Bomb:
         assert seen.charge <= seen.high_water <= LENDABLE
         for it in self.living:
             it.pool.check()
-            under_way = sum(len(c.map) for c in it.under_way) * PAGE
-            assert it.member.held() + under_way <= it.account.charge()
+            assert it.member.held() + it.bytes_to_come() <= it.account.charge()
 
     def end(self) -> None:
         """When all are gone, all of it can be leased."""

@@ -98,6 +98,8 @@ def opening(backend: Backend) -> dict[str, float]:
     layout = BlockLayout.block_outermost(
         OPEN_BYTES // block_bytes, block_bytes, OPEN_PAGE_BYTES // block_bytes, backend.granularity
     )
+    if backend.kind == "cuda":
+        torch.zeros(1, device="cuda")  # torch's own start is an engine's affair
     before, start = _resident_bytes(), _now()
     arena = Arena(backend, layout.arena_regions(), layout.num_pages, layout.size_bytes)
     buffer = int8_tensor(arena)
