@@ -118,6 +118,8 @@ class PagePool:
 
         On a shortage the missing bytes become the account's demand, which wakes the others.
         """
+        if self.blocks.available() < count and self._owed and not self._fair.pressed():
+            self._owe(0)  # nobody waits any more
         missing = count - self.blocks.available()
         if missing <= 0:
             return True
@@ -175,6 +177,7 @@ class PagePool:
         if fresh:
             for page in self.blocks.grow(fresh):
                 self._to_map[page] = None
+        self._owe(0)  # who may grow owes nothing
         return True
 
     def _may_grow(self, pages: int) -> bool:

@@ -176,16 +176,36 @@ def reclaim(
     need = sum(each.claim + each.wanted(each.within(share)) for each, share in pairs) - lendable
     _take(standings, taken, above, need)
 
-    beyond = [
-        max(sum(parts), each.above(max(share, each.floor)))
-        for (each, share), parts in zip(pairs, taken, strict=True)
-    ]
-    edges = sorted(each.wanted(each.edge(s)) - each.wanted(each.within(s)) for each, s in pairs)
-    while edges and need + sum(edges) > sum(beyond):
-        edges.pop()  # a part of a page helps nobody
-    if any(edges):
-        _take(standings, taken, beyond, need + sum(edges))
+    edges = _edges_in_reach(lendable, standings, shares)
+    if edges:
+        beyond = [
+            max(sum(parts), each.above(max(share, each.floor)))
+            for (each, share), parts in zip(pairs, taken, strict=True)
+        ]
+        _take(standings, taken, beyond, need + sum(edges.values()))
     return [(warm + cached, in_use) for warm, cached, in_use in taken]
+
+
+def _edges_in_reach(
+    lendable: int, standings: Sequence[Standing], shares: Sequence[int]
+) -> dict[int, int]:
+    """By account: what it waits for across its share's edge, where there is enough for that.
+
+    Smallest first, of what is free and what others hold in pages wholly beyond their shares: a
+    part of a page helps nobody.
+    """
+    left = lendable
+    edges = []
+    for i, (each, share) in enumerate(zip(standings, shares, strict=True)):
+        within = each.wanted(each.within(share))
+        left -= each.claim + within - each.above(max(share, each.floor))
+        edges.append((each.wanted(each.edge(share)) - within, i))
+    reached = {}
+    for size, i in sorted(edges):
+        left -= size
+        if size > 0 and left >= 0:
+            reached[i] = size
+    return reached
 
 
 def _from_one(standing: Standing, size: int) -> list[int]:
@@ -228,17 +248,18 @@ def grant(lendable: int, standings: Sequence[Standing], shares: Sequence[int], i
     entitled to and waits for. So an endless demand gets all that is idle and starves nobody.
     """
     own, share = standings[index], shares[index]
+    in_reach = _edges_in_reach(lendable, standings, shares)
     spare = lendable - own.held - sum(each.claim for i, each in enumerate(standings) if i != index)
-    edges = []
+    edges = {}
     for i, (each, theirs) in enumerate(zip(standings, shares, strict=True)):
         if i != index and each.demand > 0:
             within = each.wanted(each.within(theirs))
             spare -= within
-            edges.append(each.wanted(each.edge(theirs)) - within)
+            edges[i] = each.wanted(each.edge(theirs)) - within
     by_right = own.within(share) - own.held
     to_the_edge = min(own.edge(share) - own.held, spare)
-    # A page that does not fit into what is left helps nobody by waiting.
-    beyond = spare - sum(edge for edge in edges if edge <= spare)
+    # A page that does not fit, and for which nobody gives, helps nobody by waiting.
+    beyond = spare - sum(edge for i, edge in edges.items() if edge <= spare or i in in_reach)
     granted = max(0, by_right, to_the_edge, beyond)
     return granted if own.limit is None else max(0, min(granted, own.limit - own.held))
 

@@ -94,7 +94,8 @@ def test_a_burst_leaves_a_busy_neighbour_its_share(pair: Pair) -> None:
     assert before.charge > share and before.charge > least
     # A does not keep what it does not want itself: the last, partly filled blocks of requests.
     assert least > share * 3 // 4
-    assert most > share * 3 // 4
+    # What A has in use comes as its requests end, which may be later than B's burst.
+    assert most > share // 2
 
 
 def test_an_engine_starts_while_the_other_has_cached_everything(pair: Pair) -> None:

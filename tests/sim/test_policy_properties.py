@@ -321,6 +321,18 @@ def test_a_steady_demand_settles_at_the_fair_share(
     assert [p.moved for p in players] == moved
 
 
+def test_what_several_give_for_one_page_is_not_taken_back() -> None:
+    """The second and the third give a quarter and three quarters of the first one's page."""
+    players = [
+        Player(page=4, need=336, weight=fixed_weight(56)),
+        Player(page=1, need=1, weight=fixed_weight(0.001), cached=4),
+        Player(page=1, need=6, cached=3),
+        Player(page=1, need=1),
+    ]
+    settle(342, players, [0, 1, 3, 2])
+    assert [p.used for p in players] == [336, 0, 5, 1]
+
+
 @property_of(st.tuples(st.integers(2, 400), st.sampled_from([1, 3, 7, 16]), st.integers(0, 400)))
 def test_two_equals_exchange_no_page_after_settling(case: tuple[int, int, int]) -> None:
     """Two equal instances that both want everything, one of which had it all."""

@@ -169,6 +169,23 @@ def test_with_preemption_no_further_block_is_handed_out(ledger: Ledger, two: Ins
     one.check()
 
 
+def test_a_debt_that_nobody_waits_for_binds_no_more(ledger: Ledger, two: Instance) -> None:
+    one = Instance(ledger, "one", pages=PAGES, preempt=1)
+    held = fill(one, 17)
+    one.blocks.free(held[-2:])
+    assert not two.pool.ensure(3 + 4 * PER_PAGE)
+    one.pool.relieve()
+    assert one.blocks.available() == 0
+    two.account.set_demand(0)
+    assert one.pool.ensure(2) and one.charged_pages == 18, "its own blocks, no page more"
+    assert one.blocks.alloc(2) is not None
+    assert not two.pool.ensure(3 + 4 * PER_PAGE)
+    one.pool.relieve()
+    two.account.set_demand(0)
+    assert one.pool.ensure(PER_PAGE), "a page more"
+    assert one.blocks.alloc(PER_PAGE) is not None
+
+
 def test_one_version_of_the_ledger_is_judged_once(
     one: Instance, two: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
