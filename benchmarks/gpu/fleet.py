@@ -118,9 +118,11 @@ class Fleet:
 
     def finish(self, tick: Callable[[], None] | None = None) -> None:
         """Waits for all that run; ends those that are late."""
-        while self._running:
+        while True:
             if tick is not None:
-                tick()
+                tick()  # may start others
+            if not self._running:
+                return
             self._collect()
             if time.monotonic() - STARTED > self.deadline_s:
                 for pid, (job, _) in self._running.items():
