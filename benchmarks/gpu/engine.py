@@ -43,6 +43,7 @@ class Job:
     batch_invariant: bool = False
     sharpen: bool = True
     warm_pages: int | None = None  # as many as that, no more and no less
+    page_mib: int | None = None
     judges: tuple[str, ...] = ()  # jobs whose answers this engine judges (work "verdict")
     own_core: bool = False  # the engine's core in a process of its own, as under ``vllm serve``
     compilation: dict[str, Any] = field(
@@ -68,6 +69,8 @@ class Job:
             }
             if self.warm_pages is not None:
                 changes["KVCACHED_WARM_LOW"] = changes["KVCACHED_WARM_HIGH"] = str(self.warm_pages)
+            if self.page_mib is not None:
+                changes["KVCACHED_PAGE_SIZE_MB"] = str(self.page_mib)
             if self.capacity_bytes is not None:
                 changes["KVCACHED_CAPACITY"] = str(self.capacity_bytes)
         return changes

@@ -143,16 +143,16 @@ def play(set_up: SetUp, engines: Fleet, gpu: nvml.Gpu) -> dict[str, Any]:
     baseline = watch.samples[0][1] / GIB
     for job in set_up.jobs:
         engines.start(job)
-        _until(lambda job=job: Path(job.ready_file).exists(), watch, engines, job)
+        until(lambda job=job: Path(job.ready_file).exists(), watch, engines, job)
     for wave in [set_up.jobs] if set_up.at_once else [(job,) for job in set_up.jobs]:
-        _pause(2.0, watch)
+        pause(2.0, watch)
         for job in wave:
             watch.mark(f"start-{job.name}")
             Path(job.start_files[0]).touch()
         for job in wave:
-            _until(lambda job=job: _worked(out, job), watch, engines, job)
+            until(lambda job=job: _worked(out, job), watch, engines, job)
             watch.mark(f"end-{job.name}")
-    _pause(4.0, watch)
+    pause(4.0, watch)
     watch.mark("idle")
     Path(set_up.jobs[0].hold_file).touch()
     engines.finish(watch.tick)
@@ -183,7 +183,7 @@ def _worked(out: Path, job: Job) -> bool:
     return path.exists() and len(json.loads(path.read_text())["work"]) == len(job.work)
 
 
-def _until(condition: Any, watch: Watch, engines: Fleet, job: Job, limit_s: float = 150.0) -> None:
+def until(condition: Any, watch: Watch, engines: Fleet, job: Job, limit_s: float = 150.0) -> None:
     start = time.monotonic()
     while not condition():
         watch.tick()
@@ -193,7 +193,7 @@ def _until(condition: Any, watch: Watch, engines: Fleet, job: Job, limit_s: floa
         time.sleep(0.02)
 
 
-def _pause(seconds: float, watch: Watch) -> None:
+def pause(seconds: float, watch: Watch) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         watch.tick()

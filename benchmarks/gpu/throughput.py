@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """What kvcached costs: one engine alone on the GPU, plain and elastic in turns.
 
-200 requests of 1024 tokens in and 512 out, sent at once. The engines take turns, each in a process
-of its own with the GPU to itself, and the order within a pair changes: a machine that drifts does
-so for both.
+200 requests of 1024 tokens in and 512 out, sent at once; with ``--paced`` also 300 requests of 512
+in and 128 out that arrive one by one, far below what the GPU can do. The engines take turns, each
+in a process of its own with the GPU to itself, and the order of a round changes: a machine that
+drifts does so for all. ``--kinds`` adds engines that tell where the cost comes from.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +21,51 @@ import fleet
 from engine import GIB, Job
 from fleet import Fleet
 
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "kvcached": {"elastic": True},
+    # All pages are mapped before the work and stay: what is left is the layout's cost.
+    "mapped": {"elastic": True, "warm_pages": 1400},
+    "pages64": {"elastic": True, "page_mib": 64},
+    "pages128": {"elastic": True, "page_mib": 128},
+}
 
-def jobs(model: str, ledger: str, runner: str, pairs: int) -> list[Job]:
+
+def jobs(
+    model: str,
+    ledger: str,
+    runner: str,
+    kinds: Sequence[str],
+    rounds: int,
+    work: tuple[str, ...],
+) -> list[Job]:
     def job(kind: str, number: int) -> Job:
         return Job(
             name=f"{runner.lower()}-{kind}-{number}",
             model=model,
-            work=("throughput",),
-            elastic=kind == "kvcached",
+            work=work,
             ledger=ledger,
             runner=runner,
             max_seqs=256,
             kv_bytes=None,
             utilization=0.9,
             sharpen=False,
+            **KINDS[kind],
         )
 
-    order = ("plain", "kvcached")
-    return [job(kind, n) for n in range(pairs) for kind in (order if n % 2 == 0 else order[::-1])]
+    return [
+        job(kind, number)
+        for number in range(rounds)
+        for kind in (kinds if number % 2 == 0 else kinds[::-1])
+    ]
 
 
-def summary(results: dict[str, dict[str, Any]], runner: str) -> dict[str, Any]:
-    """Medians over the runs of each kind; the ratio is that of the medians."""
-    kinds: dict[str, Any] = {}
-    for kind in ("plain", "kvcached"):
+def summary(
+    results: dict[str, dict[str, Any]], runner: str, kinds: Sequence[str]
+) -> dict[str, Any]:
+    """Medians over the runs of each kind; ratios are those of the medians."""
+    found: dict[str, Any] = {}
+    for kind in kinds:
         runs = [
             result
             for name, result in results.items()
@@ -50,42 +73,61 @@ def summary(results: dict[str, dict[str, Any]], runner: str) -> dict[str, Any]:
         ]
         if not runs:
             return {"runner": runner, "problem": f"no run of {kind} finished"}
-        works = [run["work"]["throughput"] for run in runs]
-        kinds[kind] = {
-            "runs": len(runs),
-            "tokens_per_s": [round(work["output_tokens_per_s"], 1) for work in works],
-            "median_tokens_per_s": statistics.median(w["output_tokens_per_s"] for w in works),
-            "tpot_p50_ms": 1e3 * statistics.median(work["tpot_p50_s"] for work in works),
-            "tpot_p99_ms": 1e3 * statistics.median(work["tpot_p99_s"] for work in works),
-            "ttft_p99_s": statistics.median(work["ttft_p99_s"] for work in works),
-            "used_idle_gib": statistics.median(run["used_idle_bytes"] for run in runs) / GIB,
-            "used_end_gib": statistics.median(run["used_end_bytes"] for run in runs) / GIB,
-            "preemptions": [run["preemptions"] for run in runs],
+        found[kind] = _figures(runs)
+    plain = found.get("plain")
+    for one in found.values() if plain else ():
+        one["speed_of_plain"] = one["median_tokens_per_s"] / plain["median_tokens_per_s"]
+        if "paced_tpot_p99_ms" in plain:
+            one["paced_tpot_p99_of_plain"] = statistics.median(
+                one["paced_tpot_p99_ms"]
+            ) / statistics.median(plain["paced_tpot_p99_ms"])
+    return {"runner": runner, "kinds": found}
+
+
+def _figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    works = [run["work"]["throughput"] for run in runs]
+    paced = [run["work"]["paced"] for run in runs if "paced" in run["work"]]
+    told = {
+        "runs": len(runs),
+        "tokens_per_s": [round(work["output_tokens_per_s"], 1) for work in works],
+        "median_tokens_per_s": statistics.median(w["output_tokens_per_s"] for w in works),
+        "tpot_p50_ms": 1e3 * statistics.median(work["tpot_p50_s"] for work in works),
+        "tpot_p99_ms": 1e3 * statistics.median(work["tpot_p99_s"] for work in works),
+        "ttft_p99_s": statistics.median(work["ttft_p99_s"] for work in works),
+        "used_idle_gib": statistics.median(run["used_idle_bytes"] for run in runs) / GIB,
+        "used_end_gib": statistics.median(run["used_end_bytes"] for run in runs) / GIB,
+        "preemptions": [run["preemptions"] for run in runs],
+    }
+    if paced:
+        told |= {
+            f"paced_{key}_ms": [1e3 * work[f"{key}_s"] for work in paced]
+            for key in ("tpot_p50", "tpot_p99", "ttft_p99")
         }
-    plain, elastic = kinds["plain"], kinds["kvcached"]
-    ratio = elastic["median_tokens_per_s"] / plain["median_tokens_per_s"]
-    return {"runner": runner, "kvcached_of_plain": ratio, **kinds}
+    return told
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
     lines = [
-        f"{'':13} {'tokens/s':>9} {'TPOT p50':>9} {'p99':>8} {'TTFT p99':>9} "
-        f"{'GiB idle':>8} {'after':>6}"
+        f"{'':12} {'runs':>4} {'tokens/s':>8} {'of plain':>8} {'TPOT p50':>9} {'p99':>8} "
+        f"{'TTFT p99':>8} {'GiB idle':>8} {'after':>6}"
     ]
     for one in summaries:
         if "problem" in one:
             lines.append(f"{one['runner']}: {one['problem']}")
             continue
-        for kind in ("plain", "kvcached"):
-            row = one[kind]
+        for kind, row in one["kinds"].items():
             lines.append(
-                f"{one['runner']} {kind:10} {row['median_tokens_per_s']:9.0f} "
-                f"{row['tpot_p50_ms']:6.1f} ms {row['tpot_p99_ms']:5.1f} ms "
-                f"{row['ttft_p99_s']:7.2f} s {row['used_idle_gib']:8.1f} {row['used_end_gib']:6.1f}"
+                f"{one['runner']} {kind:9} {row['runs']:4} {row['median_tokens_per_s']:8.0f} "
+                f"{row.get('speed_of_plain', 0):8.4f} {row['tpot_p50_ms']:6.2f} ms "
+                f"{row['tpot_p99_ms']:5.2f} ms {row['ttft_p99_s']:6.2f} s "
+                f"{row['used_idle_gib']:8.1f} {row['used_end_gib']:6.1f}"
             )
-        lines.append(
-            f"{one['runner']} kvcached has {one['kvcached_of_plain']:.4f} of plain's speed"
-        )
+            if "paced_tpot_p99_ms" in row:
+                times = ", ".join(f"{ms:.2f}" for ms in row["paced_tpot_p99_ms"])
+                lines.append(
+                    f"   paced: TPOT p99 {times} ms, "
+                    f"{row.get('paced_tpot_p99_of_plain', 0):.4f} of plain's"
+                )
     return "\n".join(lines)
 
 
@@ -94,7 +136,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
     parser.add_argument("--shape", choices=sorted(fleet.SHAPES), default="8b")
     parser.add_argument("--runners", default="V2")
-    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--kinds", default="plain,kvcached", help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--pairs", type=int, default=2, help="rounds of all kinds")
+    parser.add_argument("--paced", default="", help="runners that also get paced requests")
     parser.add_argument("--limit", type=float, default=420.0, help="seconds in all")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -104,8 +148,12 @@ def main() -> int:
     engines = Fleet(out, options.limit)
     summaries = []
     for runner in options.runners.split(","):
-        engines.run_all(jobs(model, str(out / "ledger"), runner, options.pairs), 1)
-        summaries.append(summary(engines.results, runner))
+        paced = ("paced",) if runner in options.paced.split(",") else ()
+        work = ("throughput", *paced)
+        kinds = options.kinds.split(",")
+        chosen = jobs(model, str(out / "ledger"), runner, kinds, options.pairs, work)
+        engines.run_all(chosen, 1)
+        summaries.append(summary(engines.results, runner, kinds))
     (out / "throughput.json").write_text(json.dumps(summaries, indent=1))
     print(table(summaries))
     return 0 if not any("problem" in one for one in summaries) else 1

@@ -17,62 +17,73 @@ DAMAGE_AT_STEP = 12
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request: a prompt in tokens, and when its answer ends."""
+    """One request: a prompt in tokens, when its answer ends, and when it arrives."""
 
     prompt: list[int]
     max_tokens: int
     stop_tokens: list[int] = field(default_factory=list)
+    at_s: float = 0.0
 
 
 def play(
     llm: Any, asks: Sequence[Ask], *, damage: Damage | None = None, abort_every: int = 0
 ) -> dict[str, Any]:
-    """Sends all at once and steps the engine until the last has answered; returns the answers'
-    tokens in order (None for those that were aborted), and times.
+    """Sends each request when it is due (``asks`` in order of arrival) and steps the engine until
+    the last has answered; returns the answers' tokens in order (None for those that were aborted),
+    and times. ``step_ends`` are on the system's monotonic clock.
 
     ``damage`` is done to the worker at one step on the way. ``abort_every`` steps, a request is
     aborted.
     """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
     engine = llm.llm_engine
-    tokens: dict[str, list[int] | None] = {}
+    tokens: dict[str, list[int] | None] = {str(index): None for index in range(len(asks))}
     times: dict[str, tuple[float, float]] = {}
-    start = time.monotonic()
-    for index, ask in enumerate(asks):
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=ask.max_tokens,
-            stop_token_ids=ask.stop_tokens or None,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        engine.add_request(str(index), {"prompt_token_ids": ask.prompt}, params)
-        tokens[str(index)] = None
-    victims = [str(index) for index in range(len(asks))]
+    victims = list(tokens)
     random.Random(3).shuffle(victims)
-    steps = 0
-    while engine.has_unfinished_requests():
+    step_ends: list[float] = []
+    sent = 0
+    start = time.monotonic()
+    while sent < len(asks) or engine.has_unfinished_requests():
+        while sent < len(asks) and asks[sent].at_s <= time.monotonic() - start:
+            _send(engine, str(sent), asks[sent])
+            sent += 1
+        if not engine.has_unfinished_requests():
+            time.sleep(max(0.0, asks[sent].at_s - (time.monotonic() - start)))
+            continue
         for output in engine.step():
             if output.finished and output.outputs:
                 tokens[output.request_id] = list(output.outputs[0].token_ids)
                 times[output.request_id] = _times(output.metrics)
-        steps += 1
-        if damage is not None and steps == DAMAGE_AT_STEP:
+        step_ends.append(time.monotonic())
+        if damage is not None and len(step_ends) == DAMAGE_AT_STEP:
             llm.collective_rpc(damage)
-        if abort_every and steps % abort_every == 0 and victims:
+        if abort_every and len(step_ends) % abort_every == 0 and victims:
             engine.abort_request([victims.pop()])
     seconds = time.monotonic() - start
     given = list(tokens.values())
     return {
         "tokens": given,
         "seconds": seconds,
-        "steps": steps,
+        "steps": len(step_ends),
+        "step_ends": step_ends,
         "output_tokens": sum(len(answer) for answer in given if answer is not None),
         **_percentiles(list(times.values())),
     }
+
+
+def _send(engine: Any, name: str, ask: Ask) -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=ask.max_tokens,
+        stop_token_ids=ask.stop_tokens or None,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    engine.add_request(name, {"prompt_token_ids": ask.prompt}, params)
 
 
 def _times(metrics: Any) -> tuple[float, float]:
@@ -166,6 +177,42 @@ def throughput(llm: Any, damage: Damage | None, *, requests: int = 200) -> dict[
     return result
 
 
+def paced(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """300 requests of 512 tokens in and 128 out, 15 a second on average: far from what the GPU
+    can do.
+    """
+    draw = random.Random("paced")
+    asks, at_s = [], 0.0
+    for _ in range(300):
+        asks.append(Ask(_prompt(draw, 512), 128, at_s=at_s))
+        at_s += draw.expovariate(15)
+    result = play(llm, asks, damage=damage)
+    del result["tokens"]
+    return result
+
+
+def fill(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """More prompts than there is memory for: what is free ends up as prefix cache."""
+    return _no_tokens(llm, f"fill-{time.monotonic()}", 320, 1500, 4)
+
+
+def decode(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """48 requests that run side by side for a while."""
+    return _no_tokens(llm, "decode", 48, 128, 1500)
+
+
+def burst(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """Prompts for 20 GiB of an 8B model's KV cache, all at once."""
+    return _no_tokens(llm, f"burst-{time.monotonic()}", 128, 1280, 32)
+
+
+def _no_tokens(llm: Any, seed: str, count: int, prompt: int, answer: int) -> dict[str, Any]:
+    draw = random.Random(seed)
+    result = play(llm, [Ask(_prompt(draw, prompt), answer) for _ in range(count)])
+    del result["tokens"]
+    return result
+
+
 def nothing(llm: Any, damage: Damage | None) -> dict[str, Any]:
     """No work: for engines that are only there."""
     return {"tokens": [], "seconds": 0.0, "steps": 0}
@@ -213,5 +260,11 @@ WORK: Mapping[str, Callable[[Any, Damage | None], dict[str, Any]]] = {
     "abort": abort,
     "prefix": prefix,
     "throughput": throughput,
+    "paced": paced,
+    "fill": fill,
+    "refill": fill,
+    "decode": decode,
+    "burst": burst,
+    "another-burst": burst,
     "nothing": nothing,
 }
