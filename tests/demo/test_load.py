@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,12 @@ def test_finished_in_the_window_of_the_faster_configuration() -> None:
     assert set(windows_s.values()) == {4.0}
     assert fast.phase("both")[0].finished_within(4.0) == 2
     assert slow.phase("both")[0].finished_within(4.0) == 1
+
+
+def test_paced_changes_arrivals_and_nothing_else() -> None:
+    shape = LoadShape()
+    quick = shape.paced({"burst-a": 4.0, "burst-b": 3.0, "both": 2.0})
+    before, after = make_load(shape, MODELS), make_load(quick, MODELS)
+    for phase, span_s in zip(PHASES, (2.0, 1.5, 1.0), strict=True):
+        assert max(r.at_s for r in after if r.phase == phase) == pytest.approx(span_s)
+    assert [replace(r, at_s=0.0) for r in before] == [replace(r, at_s=0.0) for r in after]

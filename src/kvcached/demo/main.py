@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import FrameType
 
 from rich.console import Console
@@ -21,7 +22,7 @@ from kvcached.demo.report import Outcome, build_report, print_report, write_repo
 from kvcached.demo.screen import Screen
 from kvcached.demo.session import run_session
 from kvcached.demo.setups import Options
-from kvcached.demo.trace import Request, make_load
+from kvcached.demo.trace import PHASES, make_load
 from kvcached.units import format_size
 
 
@@ -37,13 +38,12 @@ def run_demo(options: Options, console: Console) -> dict[str, object]:
     shutil.rmtree(options.ledger_directory, ignore_errors=True)
     screen.say("making the models (once; about a minute with the download)")
     models = dict(zip("AB", make_models(options.out.parent / "models"), strict=True))
-    load = make_load(options.shape, models)
     screen.say(
-        f"{len(load)} requests from a slice of the Azure conversation trace, lengths scaled down; "
-        f"budget {format_size(options.budget_bytes)}"
+        f"{options.shape.total} requests from a slice of the Azure conversation trace, lengths "
+        f"scaled down; budget {format_size(options.budget_bytes)}"
     )
     with _terminated_as_interrupt():
-        outcome = _run_sessions(options, models, load, screen, started_s)
+        outcome = _run_sessions(options, models, screen, started_s)
     report = build_report(outcome)
     write_report(report, options.out / "report.json")
     names = {name: model.name for name, model in models.items()}
@@ -54,33 +54,34 @@ def run_demo(options: Options, console: Console) -> dict[str, object]:
 
 
 def _run_sessions(
-    options: Options,
-    models: dict[str, Model],
-    load: list[Request],
-    screen: Screen,
-    started_s: float,
+    options: Options, models: dict[str, Model], screen: Screen, started_s: float
 ) -> Outcome:
-    """Elastic first; the plain engines that follow also judge its outputs while they are up."""
-    elastic = run_session(
-        setups.elastic(options, models), options, load, screen, runs=options.runs, alone=True
-    )
-    verdicts: list[Comparison] = []
-
-    def judge(plain: Session, targets: dict[str, Target]) -> None:
-        verdicts.append(compare(elastic.results(), plain.first_run(), targets))
-
+    """The reference first: it says what outputs are right, and how fast this machine is. The static
+    halves last: plain engines too, they judge outputs that differ while they are up.
+    """
     reference = None
     if not options.fast:
         reference = run_session(
             setups.reference(options, models),
             options,
-            load,
+            make_load(options.shape, models),
             screen,
             runs=1,
             paced=False,
             alone=True,
-            before_stop=judge,
         )
+        seconds = {name: phase.seconds for name in PHASES for phase in reference.phase(name)}
+        options = replace(options, shape=options.shape.paced(seconds))
+    load = make_load(options.shape, models)
+    elastic = run_session(
+        setups.elastic(options, models), options, load, screen, runs=options.runs, alone=True
+    )
+    verdicts: list[Comparison] = []
+
+    def judge(static: Session, targets: dict[str, Target]) -> None:
+        plain = static if reference is None else reference
+        verdicts.append(compare(elastic.results(), plain.first_run(), targets))
+
     static = run_session(
         setups.static(options, models),
         options,
@@ -88,7 +89,7 @@ def _run_sessions(
         screen,
         runs=options.runs,
         alone=options.fast,
-        before_stop=judge if options.fast else None,
+        before_stop=judge,
     )
     elapsed_s = time.monotonic() - started_s
     return Outcome(options, models, elastic, static, reference, verdicts[0], elapsed_s)

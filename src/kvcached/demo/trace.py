@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 
@@ -63,6 +63,21 @@ class LoadShape:
     def total(self) -> int:
         """Requests in one run over all phases."""
         return self.burst_a + self.burst_b + 2 * self.both_each
+
+    def paced(self, seconds: Mapping[str, float]) -> LoadShape:
+        """The same requests, arriving as fast as this machine makes it a burst.
+
+        ``seconds`` says for each phase how long engines without a shortage of memory take for its
+        requests when all are sent at once. They arrive within half of that: fast enough that
+        requests run side by side and need memory, slowly enough that not the prompts alone decide
+        how long the first token takes.
+        """
+        return replace(
+            self,
+            burst_a_span_s=round(seconds["burst-a"] / 2, 2),
+            burst_b_span_s=round(seconds["burst-b"] / 2, 2),
+            both_span_s=round(seconds["both"] / 2, 2),
+        )
 
 
 PHASES = ("burst-a", "burst-b", "both")
