@@ -247,6 +247,13 @@ class Interrupted:
         self.dice = dice
         self.others: list[Ranks] = []
         self._deep = False
+        self._taken: list[tuple[Ranks, int]] = []
+
+    def let_go(self) -> None:
+        """What others took meanwhile comes back."""
+        while self._taken:
+            other, size = self._taken.pop()
+            other.account.give_back(size)
 
     def watch(self, account: Account, own: Ranks) -> None:
         lease = account.lease
@@ -256,7 +263,7 @@ class Interrupted:
                 self._deep = True
                 other = self.dice.choice([each for each in self.others if each is not own])
                 if other.account.lease(size := PAGE * self.dice.randint(1, 4)):
-                    other.account.give_back(size)
+                    self._taken.append((other, size))
                 self._deep = False
             return lease(size_bytes)
 
@@ -300,6 +307,7 @@ def test_everyone_gets_on_whatever_the_order(tmp_path: Path, seed: int) -> None:
         if ids is not None:
             running[number].append((now + dice.randint(1, 40), ids))
             wanted[number] = 0
+        between.let_go()
         for ledger, size in zip((a, b), sizes, strict=True):
             assert charges(ledger) <= size and ledger.snapshot().high_water <= size * PAGE
         each.pool.check()
