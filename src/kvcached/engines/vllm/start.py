@@ -44,6 +44,7 @@ class GpuStart:
         self._instance = who.instance
         self._member = ledger.attach(who.instance, who.name)
         self._activation_bytes = 0
+        self._least = 0  # bytes that it sets aside in any case
 
     def wait_for_room(self, size_bytes: int) -> None:
         """Sets memory aside, and waits until it is there: others give back for it what they only
@@ -51,8 +52,9 @@ class GpuStart:
         """
         self.measure()
         said = 0.0
-        # A byte at least, so that the other ranks see that it was granted.
-        while not self._member.set_aside(max(1, min(self._inside(size_bytes), self._most()))):
+        while not self._member.set_aside(
+            max(self._least, min(self._inside(size_bytes), self._most()))
+        ):
             now = time.monotonic()
             if now - said > _SAY_AGAIN_S:
                 said = now
@@ -84,6 +86,7 @@ class GpuStart:
                 for name in devices
                 if name != own
             ]
+            self._least = 1 if ledgers else 0  # so that other ranks see that it was granted
             self._wait_for_ranks([ledger for ledger in ledgers if ledger.device < own])
             yield
             self._wait_for_ranks(ledgers)
