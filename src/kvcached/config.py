@@ -138,6 +138,13 @@ def _matching(pattern: re.Pattern[str], allowed: str) -> Callable[[str, str], st
     return parse
 
 
+def _devices(name: str, text: str) -> tuple[str, ...]:
+    devices = tuple(part.strip() for part in text.split(","))
+    if not all(_DEVICE.fullmatch(device) for device in devices):
+        raise _fail(name, text, _DEVICE_ALLOWED)
+    return devices
+
+
 def _directory(name: str, text: str) -> Path:
     if not text.startswith("/"):
         raise _fail(name, text, "an absolute path")
@@ -162,7 +169,10 @@ def default_directory() -> Path:
     return Path(f"/dev/shm/kvcached-{os.getuid()}")
 
 
-_DEVICE_ALLOWED = "host:NAME, a GPU's UUID (GPU-...) or its index"
+_DEVICE_ALLOWED = (
+    "host:NAME, a GPU's UUID (GPU-...) or its index; with tensor parallelism one for all ranks, or "
+    "one for each rank, separated by commas"
+)
 _SIZE_ALLOWED = "a size such as 512MiB or 20GiB"
 _SHARE_ALLOWED = "a size such as 2GiB, or a percentage of the capacity such as 25%"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -176,16 +186,16 @@ class Config:
     enabled: bool = _setting(
         ENABLE, _boolean, False, "false", _BOOLEAN,
         "Switches kvcached on in an engine. Nothing else needs setting.")
-    device: str | None = _setting(
-        "KVCACHED_DEVICE", _matching(_DEVICE, _DEVICE_ALLOWED), None,
+    devices: tuple[str, ...] = _setting(
+        "KVCACHED_DEVICE", _devices, (),
         "the engine's own device on a GPU, `host:default` without one", _DEVICE_ALLOWED,
         "The device whose memory is shared. Engines that name the same device share a ledger.")
     capacity_bytes: int | None = _setting(
         "KVCACHED_CAPACITY", _size, None,
         "on the host half of the memory available to this cgroup when the first engine creates "
         "the ledger; on a GPU its memory", _SIZE_ALLOWED,
-        "Bytes that all engines of the device share. A later engine that names another capacity "
-        "is refused.")
+        "Bytes that all engines of the device share, of each device where an engine has several. A "
+        "later engine that names another capacity is refused.")
     headroom: Share | None = _setting(
         "KVCACHED_HEADROOM", _share, None, "5% on a GPU, 0 on the host", _SHARE_ALLOWED,
         "Memory of the device that leases leave alone, beside what others are measured to use: "
@@ -204,10 +214,10 @@ class Config:
         "Internal: tells the processes of one engine that they belong together. Do not set it.")
     guarantee: Share = _setting(
         "KVCACHED_GUARANTEE", _share, Share(), "0", _SHARE_ALLOWED,
-        "Memory that is never reclaimed from this engine.")
+        "Memory that is never reclaimed from this engine, on each of its devices.")
     limit: Share | None = _setting(
         "KVCACHED_LIMIT", _share, None, "none: the capacity", _SHARE_ALLOWED,
-        "The most that this engine may hold.")
+        "The most that this engine may hold, on each of its devices.")
     weight: float = _setting(
         "KVCACHED_WEIGHT", _number(0.001, 1000, "a number from 0.001 to 1000"), 1.0, "1",
         "a number from 0.001 to 1000",
@@ -220,7 +230,7 @@ class Config:
     page_bytes: int | None = _setting(
         "KVCACHED_PAGE_SIZE_MB", _page_size, None,
         "chosen so that a page holds 256 to 1024 tokens", "MiB, from 0.0625 to 4096",
-        "The size of a page; rounded up to what the device and the layout need.")
+        "The size of a page in each rank; rounded up to what the device and the layout need.")
     warm_low: int = _setting(
         "KVCACHED_WARM_LOW", _integer(0, "a whole number of pages, 0 or more"), 1, "1",
         "a whole number of pages, 0 or more",
@@ -244,7 +254,7 @@ class Config:
         "How long a step waits for a page that the driver refuses although it is leased.")
     virtual_bytes: int | None = _setting(
         "KVCACHED_VIRTUAL", _size, None, "the device's capacity", _SIZE_ALLOWED,
-        "Addresses that an engine reserves: what it believes its KV cache to be.")
+        "Addresses that each rank of an engine reserves: what it believes its KV cache to be.")
     log_level: str = _setting(
         "KVCACHED_LOG_LEVEL", _choice(*_LEVELS), "INFO", "INFO", ", ".join(_LEVELS),
         "The level of the loggers `kvcached.*`.")

@@ -26,7 +26,7 @@ from types import TracebackType
 
 from kvcached import vmm_ops
 from kvcached.errors import LedgerError
-from kvcached.policy import Standing, fixed_weight
+from kvcached.policy import Standing, Target, fixed_weight, target
 from kvcached.snapshot import LedgerSnapshot, ledger_snapshot
 
 
@@ -184,6 +184,11 @@ class Account:
         self.core = core
         self._segment = segment
 
+    @property
+    def device(self) -> str:
+        """The device's name."""
+        return self._segment.device
+
     def lease(self, size_bytes: int) -> bool:
         """Asks for the right to create so many bytes more. All or nothing.
 
@@ -234,7 +239,7 @@ class Account:
         self.core.press()
 
     def version(self) -> int:
-        """Changes with everything that ``standings`` says."""
+        """Changes with everything that ``standings`` and ``target`` say."""
         return self.core.version
 
     def standings(self, page: int, demand: int = 0) -> tuple[int, list[Standing], int]:
@@ -253,6 +258,10 @@ class Account:
         mine = standings[own]
         standings[own] = replace(mine, page=page, demand=max(demand, mine.demand))
         return lendable, standings, own
+
+    def target(self, page: int, demand: int = 0) -> Target:
+        """What the policy says to this account; arguments as in ``standings``."""
+        return target(*self.standings(page, demand))
 
     def reap(self) -> int:
         """Clears the rows of dead processes; returns how many. Raises LedgerBusyError."""

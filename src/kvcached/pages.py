@@ -24,7 +24,9 @@ REST_S = 0.5
 
 
 class Lender(Rival, Protocol):
-    """What a page pool needs of an account in the ledger; see ``kvcached.ledger.Account``."""
+    """What a page pool needs of an account in the ledger; see ``kvcached.ledger.Account``, and
+    ``kvcached.group`` for an instance on several devices.
+    """
 
     def lease(self, size_bytes: int) -> bool: ...
     def give_back(self, size_bytes: int) -> None: ...

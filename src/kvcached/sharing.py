@@ -9,16 +9,16 @@ from __future__ import annotations
 from typing import Protocol
 
 from kvcached.errors import LedgerBusyError
-from kvcached.policy import Standing, Target, target
+from kvcached.policy import Target
 
 
 class Rival(Protocol):
-    """What the policy needs of an account in the ledger; see ``kvcached.ledger.Account``."""
+    """What the policy needs of an account, or of a group of them (``kvcached.group``)."""
 
     def others_demand(self) -> int: ...
     def pressed(self) -> bool: ...
     def version(self) -> int: ...
-    def standings(self, page: int, demand: int = 0) -> tuple[int, list[Standing], int]: ...
+    def target(self, page: int, demand: int = 0) -> Target: ...
     def press(self) -> None: ...
     def reap(self) -> int: ...
 
@@ -42,7 +42,7 @@ class FairShare:
         does: an engine may have come to rest meanwhile, which changes no number.
         """
         while self._account.others_demand() > 0:
-            plan = target(*self._account.standings(self._page_bytes, size_bytes))
+            plan = self._account.target(self._page_bytes, size_bytes)
             if size_bytes <= plan.grant:
                 return True
             if not self._reaped():
@@ -66,4 +66,4 @@ class FairShare:
         if version == self._seen:
             return None
         self._seen = version
-        return target(*self._account.standings(self._page_bytes))
+        return self._account.target(self._page_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
@@ -21,6 +22,74 @@ SEAMS = {
 
 def state() -> dict[type, dict[str, Any]]:
     return {owner: dict(vars(owner)) for owner in SEAMS}
+
+
+def check_what_is_refused() -> None:
+    """Of what runs an engine on several devices, only tensor parallelism on one machine."""
+    from kvcached.config import Config
+    from kvcached.engines.vllm.front import _refuse_unsupported
+    from kvcached.errors import EngineError
+
+    plain = {
+        "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 1,
+        "data_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "nnodes": 1,
+        "distributed_executor_backend": "mp",
+    }
+
+    def check(**changes: Any) -> None:
+        config = SimpleNamespace(
+            parallel_config=SimpleNamespace(**{**plain, **changes}),
+            kv_transfer_config=None,
+            speculative_config=None,
+            model_config=SimpleNamespace(enable_sleep_mode=False),
+        )
+        _refuse_unsupported(config, Config())
+
+    check()
+    for changes, words in [
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"data_parallel_size": 2}, "data parallelism"),
+        ({"decode_context_parallel_size": 2}, "context parallelism"),
+        ({"nnodes": 2}, "over several machines"),
+        ({"distributed_executor_backend": "ray"}, "executor 'ray'"),
+    ]:
+        try:
+            check(**changes)
+        except EngineError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"{changes} was accepted")
+
+
+def check_a_rank_that_fails() -> None:
+    """The first rank's error reaches vLLM; any other ends its process, which ends the engine."""
+    from kvcached.engines.vllm.worker import ElasticWorker
+    from kvcached.errors import OutOfMemoryError
+    from kvcached.pages import Commands
+
+    def refuse(commands: Commands, stream: int) -> None:
+        raise OutOfMemoryError("host:b refused 2 MiB under a lease")
+
+    worker = ElasticWorker()
+    worker._warm, worker.device = True, SimpleNamespace(type="cpu")  # type: ignore[assignment]
+    worker.mapper = SimpleNamespace(apply=refuse)  # type: ignore[assignment]
+    step = SimpleNamespace(kvcached_commands=Commands((), (1,)))
+    worker.rank, worker.is_driver_worker = 0, True
+    try:
+        worker._carry_out(step)
+    except OutOfMemoryError:
+        pass
+    else:
+        raise AssertionError("the step must fail")
+    if (child := os.fork()) == 0:
+        worker.rank, worker.is_driver_worker = 1, False
+        worker._carry_out(step)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def main() -> None:
@@ -71,6 +140,8 @@ def main() -> None:
     uninstall()
     assert state() == untouched
     uninstall()
+    check_what_is_refused()
+    check_a_rank_that_fails()
 
 
 if __name__ == "__main__":

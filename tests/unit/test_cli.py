@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import kvcached
+from kvcached.config import child_environment
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -24,6 +26,22 @@ def test_help_has_examples() -> None:
         done = _run(command, "--help")
         assert done.returncode == 0
         assert "Examples" in done.stdout and f"kvcached {command}" in done.stdout
+
+
+def test_list_shows_every_device_that_is_named(tmp_path: Path) -> None:
+    from kvcached.ledger import Ledger
+
+    names = [f"host:cli-{number}" for number in range(2)]
+    ledgers = [Ledger.open(tmp_path / "ledger", name, 1 << 20) for name in names]
+    accounts = [ledger.join("i", "both") for ledger in ledgers]
+    where = {"KVCACHED_DIR": str(tmp_path / "ledger"), "KVCACHED_DEVICE": ",".join(names)}
+    done = _run("list", **{**child_environment({}), **where})
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in names) and done.stdout.count("both") == 2
+    done = _run("list", "--json", **{**child_environment({}), **where})
+    assert [each["accounts"][0]["name"] for each in json.loads(done.stdout)] == ["both"] * 2
+    for each in (*accounts, *ledgers):
+        each.close()
 
 
 def test_bench_help_has_examples() -> None:

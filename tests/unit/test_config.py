@@ -29,7 +29,7 @@ def test_defaults() -> None:
     config = Config.from_env({})
     assert config == Config()
     assert not config.enabled
-    assert config.capacity_bytes is None and config.device is None and config.limit is None
+    assert config.capacity_bytes is None and config.devices == () and config.limit is None
     assert config.directory == default_directory()
     assert (config.warm_low, config.warm_high) == (1, 4)
     assert config.max_cached_tokens == -1
@@ -54,9 +54,10 @@ def test_every_boolean_word(word: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "attribute", "value"),
     [
-        ("KVCACHED_DEVICE", "host:demo", "device", "host:demo"),
-        ("KVCACHED_DEVICE", "0", "device", "0"),
-        ("KVCACHED_DEVICE", "GPU-3f2a-99", "device", "GPU-3f2a-99"),
+        ("KVCACHED_DEVICE", "host:demo", "devices", ("host:demo",)),
+        ("KVCACHED_DEVICE", "0", "devices", ("0",)),
+        ("KVCACHED_DEVICE", "GPU-3f2a-99", "devices", ("GPU-3f2a-99",)),
+        ("KVCACHED_DEVICE", "host:a, host:b", "devices", ("host:a", "host:b")),
         ("KVCACHED_CAPACITY", "512MiB", "capacity_bytes", 512 * MIB),
         ("KVCACHED_CAPACITY", "20G", "capacity_bytes", 20 * GIB),
         ("KVCACHED_HEADROOM", "5%", "headroom", Share(percent=5)),
@@ -88,6 +89,8 @@ def test_good_values(name: str, text: str, attribute: str, value: object) -> Non
         ("KVCACHED_DEVICE", "host:"),
         ("KVCACHED_DEVICE", "host:../etc"),
         ("KVCACHED_DEVICE", "gpu"),
+        ("KVCACHED_DEVICE", "host:a,,host:b"),
+        ("KVCACHED_DEVICE", "host:a,gpu"),
         ("KVCACHED_CAPACITY", "0"),
         ("KVCACHED_CAPACITY", "lots"),
         ("KVCACHED_CAPACITY", "-1GiB"),

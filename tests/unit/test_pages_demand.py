@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvcached.pages import PagePool
-from kvcached.policy import Standing
+from kvcached.policy import Target
 from kvcached.vmm_ops import Blocks
 
 PAGE = 1 << 20
@@ -46,7 +46,7 @@ class Lender:
     def version(self) -> int:
         return 1
 
-    def standings(self, page: int, demand: int = 0) -> tuple[int, list[Standing], int]:
+    def target(self, page: int, demand: int = 0) -> Target:
         raise AssertionError("nobody waits")
 
     def press(self) -> None: ...

@@ -48,9 +48,15 @@ def config(folder: Path, **variables: str) -> Config:
     return Config.from_env({"KVCACHED_DIR": str(folder / "ledger"), **variables})
 
 
+def only(settings: Config) -> device.Device:
+    """The device of an engine with one rank."""
+    (found,) = device.of(settings).by_rank
+    return found
+
+
 @pytest.mark.parametrize("chosen", [None, UUID, "3", "cuda:3"])
 def test_a_gpu_is_its_uuid(platform: SimpleNamespace, tmp_path: Path, chosen: str | None) -> None:
-    found = device.of(config(tmp_path, **({"KVCACHED_DEVICE": chosen} if chosen else {})))
+    found = only(config(tmp_path, **({"KVCACHED_DEVICE": chosen} if chosen else {})))
     assert (found.name, found.granularity, found.page_limits) == (UUID, 2 * MIB, CUDA_LIMITS)
     assert found.max_mappings is None
     assert found.memory is not None and found.memory() == (20 * GIB, TOTAL)
@@ -66,9 +72,9 @@ def test_an_engine_is_not_counted_on_another_device(
 
 def test_without_a_gpu_it_is_the_hosts_memory(platform: SimpleNamespace, tmp_path: Path) -> None:
     platform.cpu = True
-    found = device.of(config(tmp_path))
+    found = only(config(tmp_path))
     assert (found.name, found.page_limits, found.memory) == ("host:default", HOST_LIMITS, None)
-    assert device.of(config(tmp_path, KVCACHED_DEVICE="host:demo")).name == "host:demo"
+    assert only(config(tmp_path, KVCACHED_DEVICE="host:demo")).name == "host:demo"
     with pytest.raises(EngineError, match="expected host:NAME"):
         device.of(config(tmp_path, KVCACHED_DEVICE=UUID))
 
@@ -77,11 +83,11 @@ def test_a_gpus_memory_is_shared_but_for_a_twentieth(
     platform: SimpleNamespace, tmp_path: Path
 ) -> None:
     settings = config(tmp_path)
-    with device.open_ledger(settings, device.of(settings)) as ledger:
+    with device.open_ledger(settings, only(settings)) as ledger:
         assert (ledger.capacity, ledger.headroom) == (TOTAL, TOTAL // 20)
     named = config(tmp_path, KVCACHED_CAPACITY=str(TOTAL // 2))
     with pytest.raises(LedgerError, match="capacity"):
-        device.open_ledger(named, device.of(named))
+        device.open_ledger(named, only(named))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +103,7 @@ def test_the_headroom_may_lie_beside_the_capacity(
     platform: SimpleNamespace, tmp_path: Path, variables: dict[str, str], headroom: int
 ) -> None:
     settings = config(tmp_path, **variables)
-    with device.open_ledger(settings, device.of(settings)) as ledger:
+    with device.open_ledger(settings, only(settings)) as ledger:
         assert ledger.headroom == headroom
 
 
@@ -116,13 +122,58 @@ def test_a_worker_on_another_gpu_does_not_start(
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=seen[index])
     )
-    found = device.of(config(tmp_path))
+    found = only(config(tmp_path))
     assert found.open_backend(0, 5).granularity == 2 * MIB
     with pytest.raises(EngineError, match=rf"{4 * MIB}.*{2 * MIB}"):
         found.open_backend(1, 5)
     with pytest.raises(EngineError, match="CUDA_VISIBLE_DEVICES"):
         found.open_backend(2, 5)
     assert opened == [0, 1]
+
+
+def names(found: device.Devices) -> list[str]:
+    return [each.name for each in found.by_rank]
+
+
+def test_every_rank_has_a_device(platform: SimpleNamespace, tmp_path: Path) -> None:
+    """On GPUs those that vLLM gives to the ranks, whatever is named."""
+    found = device.of(config(tmp_path), 3)
+    assert names(found) == [UUID, "GPU-1", "GPU-2"]
+    assert [each.name for each in found.distinct] == sorted(names(found))
+    assert found.ranks_each == 1
+    assert names(device.of(config(tmp_path, KVCACHED_DEVICE=f"3,GPU-{1}"), 2)) == [UUID, "GPU-1"]
+    for wrong in ("GPU-1,3", UUID):  # another order, and one GPU for two ranks
+        with pytest.raises(EngineError, match="leave it unset"):
+            device.of(config(tmp_path, KVCACHED_DEVICE=wrong), 2)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "by_rank", "each"),
+    [
+        ("", ["host:default"] * 2, 2),
+        ("host:a", ["host:a"] * 2, 2),
+        ("host:b,host:a", ["host:b", "host:a"], 1),
+        ("host:a,host:a", ["host:a"] * 2, 2),
+    ],
+)
+def test_ranks_on_the_host_share_what_they_are_told_to(
+    platform: SimpleNamespace, tmp_path: Path, chosen: str, by_rank: list[str], each: int
+) -> None:
+    platform.cpu = True
+    found = device.of(config(tmp_path, KVCACHED_DEVICE=chosen), 2)
+    assert names(found) == by_rank
+    assert [place.name for place in found.distinct] == sorted({*by_rank})
+    assert found.ranks_each == each
+
+
+def test_devices_that_do_not_fit_the_ranks(platform: SimpleNamespace, tmp_path: Path) -> None:
+    platform.cpu = True
+    with pytest.raises(EngineError, match=r"names 3 devices \(host:a,.* has 2 ranks"):
+        device.of(config(tmp_path, KVCACHED_DEVICE="host:a,host:b,host:c"), 2)
+    with pytest.raises(EngineError, match=r"names 2 devices .* has 1 rank "):
+        device.of(config(tmp_path, KVCACHED_DEVICE="host:a,host:b"))
+    with pytest.raises(EngineError, match="more ranks than others"):
+        device.of(config(tmp_path, KVCACHED_DEVICE="host:a,host:b,host:a"), 3)
 
 
 def test_a_wrong_device_name_never_gets_here(tmp_path: Path) -> None:

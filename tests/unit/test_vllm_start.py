@@ -127,6 +127,64 @@ def test_at_the_end_the_model_is_foreign_and_nothing_is_set_aside(
     assert busy[0].leasable() == 100 - 60 - 19
 
 
+class Rank(threading.Thread):
+    """One rank of a starting engine that needs ``size`` bytes on its device."""
+
+    def __init__(self, ledgers: dict[str, Ledger], instance: str, own: str, size: int) -> None:
+        super().__init__(daemon=True)
+        self.started = threading.Event()
+        self._names, self._size = [*ledgers], size
+        self.starting = GpuStart(
+            ledgers[own], Gpu(ledgers[own]).memory, Identity(instance * 32, instance, 1)
+        )
+
+    def run(self) -> None:
+        with self.starting.in_turn(self._names):
+            self.starting.wait_for_room(self._size)
+        self.started.set()
+
+
+def test_two_engines_that_start_on_the_same_devices_do_not_get_one_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each device has room for one of them; the ranks come in the worst order."""
+    monkeypatch.setattr(start, "_ASK_AGAIN_S", 0.002)
+    names = ("host:a", "host:b")
+    ledgers = {name: Ledger.open(tmp_path / "ledger", name, 110) for name in names}
+    one = [Rank(ledgers, "b", name, 70) for name in names]
+    two = [Rank(ledgers, "c", name, 70) for name in names]
+    for rank in (one[0], two[1], two[0], one[1]):
+        rank.start()
+        time.sleep(0.02)
+    assert all(rank.started.wait(5) for rank in one)
+    assert not any(rank.started.is_set() for rank in two)
+    for rank in one:
+        rank.starting._member.close()  # the first engine has ended
+    assert all(rank.started.wait(5) for rank in two)
+    for ledger in ledgers.values():
+        ledger.close()
+
+
+def test_no_rank_starts_before_all_have_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "_ASK_AGAIN_S", 0.002)
+    names = ("host:a", "host:b")
+    ledgers = {name: Ledger.open(tmp_path / "ledger", name, 110) for name in names}
+    holder = ledgers["host:b"].join("h", "holder")
+    assert holder.lease(60)
+    ranks = [Rank(ledgers, "b", name, 70) for name in names]
+    for rank in ranks:
+        rank.start()
+    while holder.others_demand() != 20:
+        time.sleep(0.001)
+    assert not any(rank.started.is_set() for rank in ranks)
+    holder.give_back(20)
+    assert all(rank.started.wait(5) for rank in ranks)
+    for ledger in ledgers.values():
+        ledger.close()
+
+
 def test_weights_are_what_their_files_take(tmp_path: Path) -> None:
     (tmp_path / "model-00001.safetensors").write_bytes(b"x" * 700)
     (tmp_path / "model-00002.safetensors").write_bytes(b"x" * 300)

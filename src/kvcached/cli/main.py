@@ -12,6 +12,7 @@ from rich.table import Table
 
 import kvcached
 from kvcached.cli import bench
+from kvcached.cli.accounts import LedgerFigures, LedgerReader
 from kvcached.config import Config
 from kvcached.errors import ConfigError, KvcachedError
 from kvcached.units import format_size, parse_size
@@ -115,15 +116,20 @@ def list_accounts(
     """
     from dataclasses import asdict
 
-    from kvcached.cli.accounts import LedgerReader
-
     config = Config.from_env()
-    chosen = device or config.device or "host:default"
-    figures = LedgerReader(config.directory, chosen).read()
+    chosen = (device,) if device else tuple(dict.fromkeys(config.devices)) or ("host:default",)
+    figures = [LedgerReader(config.directory, name).read() for name in chosen]
     if as_json:
-        typer.echo(json.dumps(asdict(figures), indent=2))
+        found = [asdict(each) for each in figures]
+        typer.echo(json.dumps(found[0] if len(found) == 1 else found, indent=2))
         return
-    table = Table(title=f"{chosen}: {format_size(figures.capacity)}", title_justify="left")
+    for name, each in zip(chosen, figures, strict=True):
+        Console().print(_table(name, each))
+
+
+def _table(device: str, figures: LedgerFigures) -> Table:
+    """A row for each engine that shares the device."""
+    table = Table(title=f"{device}: {format_size(figures.capacity)}", title_justify="left")
     table.add_column("instance")
     for heading in ("charge", "created", "in use", "cached", "warm", "demand"):
         table.add_column(heading, justify="right")
@@ -137,7 +143,7 @@ def list_accounts(
             account.demand,
         )
         table.add_row(account.name, *(format_size(size) for size in sizes))
-    Console().print(table)
+    return table
 
 
 def main() -> None:

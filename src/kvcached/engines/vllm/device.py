@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import resource
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvcached import nvml
@@ -105,18 +107,55 @@ class GpuDevice(Device):
         return backend
 
 
-def of(config: Config, index: int = 0) -> Device:
-    """The device of the engine in this process's vLLM: the host's memory, or its GPU (``index``
-    counts those that vLLM gives to this engine).
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Where the ranks of an engine map memory."""
+
+    by_rank: tuple[Device, ...]
+
+    @property
+    def distinct(self) -> tuple[Device, ...]:
+        """Each device once, in the order of their names: in this order all engines ask."""
+        by_name = {device.name: device for device in self.by_rank}
+        return tuple(by_name[name] for name in sorted(by_name))
+
+    @property
+    def ranks_each(self) -> int:
+        """How many ranks share each device: as many times over a page is created there."""
+        return len(self.by_rank) // len(self.distinct)
+
+
+def of(config: Config, ranks: int = 1) -> Devices:
+    """The devices of the engine in this process's vLLM: the host's memory under the names that
+    were chosen, or the GPUs that vLLM gives to its ranks.
+
+    Raises EngineError where the names that were chosen do not fit the ranks.
     """
+    names = config.devices
+    if len(names) not in (0, 1, ranks):
+        raise EngineError(
+            f"kvcached: KVCACHED_DEVICE names {len(names)} devices ({','.join(names)}), but the "
+            f"engine has {ranks} {'rank' if ranks == 1 else 'ranks'} (tensor_parallel_size): "
+            "expected one for all or one for each"
+        )
+    by_rank: Sequence[str | None] = names * ranks if len(names) == 1 else names or [None] * ranks
+    found = Devices(tuple(_of_rank(rank, name) for rank, name in enumerate(by_rank)))
+    if len({*Counter(device.name for device in found.by_rank).values()}) != 1:
+        raise EngineError(
+            f"kvcached: KVCACHED_DEVICE={','.join(names)} gives some devices more ranks than "
+            "others: not supported"
+        )
+    return found
+
+
+def _of_rank(rank: int, chosen: str | None) -> Device:
     from vllm.platforms import current_platform
 
-    chosen = config.device
     if current_platform.is_cpu():
         return _host(chosen or DEFAULT_HOST_DEVICE)
     if chosen is not None and chosen.startswith("host:"):
         raise EngineError(f"kvcached: KVCACHED_DEVICE={chosen}, but this engine runs on a GPU")
-    return _gpu(current_platform.get_device_uuid(index), chosen)
+    return _gpu(current_platform.get_device_uuid(rank), chosen)
 
 
 def _host(name: str) -> HostDevice:
@@ -195,3 +234,8 @@ def open_ledger(config: Config, device: Device) -> Ledger:
         format_size(ledger.headroom),
     )
     return ledger
+
+
+def open_ledgers(config: Config, devices: Devices) -> list[Ledger]:
+    """The ledger of each distinct device; see ``open_ledger``."""
+    return [open_ledger(config, device) for device in devices.distinct]

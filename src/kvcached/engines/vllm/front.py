@@ -33,12 +33,14 @@ def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
     parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config
     parallel.worker_cls = classes.qualified_name("worker", parallel.worker_cls)
     scheduling.scheduler_cls = classes.qualified_name("scheduler", scheduling.get_scheduler_cls())
-    ledger = device.open_ledger(config, device.of(config))
+    devices = device.of(config, parallel.world_size)
+    ledgers = device.open_ledgers(config, devices)
     cache = vllm_config.cache_config
-    if cache.kv_cache_memory_bytes is None:
-        cache.kv_cache_memory_bytes = config.virtual_bytes or ledger.capacity
+    if cache.kv_cache_memory_bytes is None:  # vLLM's number is each rank's
+        smallest = min(ledger.capacity for ledger in ledgers)
+        cache.kv_cache_memory_bytes = config.virtual_bytes or smallest // devices.ranks_each
     if serves:
-        follow_engine(ledger, who.instance)
+        follow_engine(ledgers, who.instance)
 
 
 def _refuse_unsupported(vllm_config: Any, config: Config) -> None:
@@ -46,13 +48,18 @@ def _refuse_unsupported(vllm_config: Any, config: Config) -> None:
 
     parallel = vllm_config.parallel_config
     platform = current_platform.device_type
+    executor = parallel.distributed_executor_backend
     for what, wrong in {
         f"{platform} engines with this version of vLLM": platform
         not in adapter.current().PLATFORMS,
         "KV transfer (connectors, disaggregation, offload)": vllm_config.kv_transfer_config,
-        "tensor parallelism": parallel.tensor_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "data parallelism": parallel.data_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1,
+        "tensor parallelism over several machines": parallel.nnodes > 1,
+        f"tensor parallelism with the executor {executor!r}": executor != "mp"
+        and parallel.tensor_parallel_size > 1,
         "speculative decoding": vllm_config.speculative_config,
         "sleep mode": vllm_config.model_config.enable_sleep_mode,
         "KVCACHED_UNMAPPED=zero": config.unmapped == "zero",
@@ -79,14 +86,15 @@ def wrap_create_engine_config(config: Config) -> Callable[[Any], Any]:
     return replace
 
 
-def follow_engine(ledger: Ledger, instance: str) -> None:
+def follow_engine(ledgers: Sequence[Ledger], instance: str) -> None:
     """Ends this server soon after its engine process or a worker has ended."""
 
     def run() -> None:
         while True:
-            account = ledger.snapshot().account(instance)
-            if account is not None and account.owner_pid is not None:
-                watch.end_with(account.pids, grace_s=FAREWELL_S)
+            accounts = [ledger.snapshot().account(instance) for ledger in ledgers]
+            owned = [each for each in accounts if each is not None and each.owner_pid is not None]
+            if len(owned) == len(ledgers):
+                watch.end_with((pid for each in owned for pid in each.pids), grace_s=FAREWELL_S)
                 return
             time.sleep(0.1)
 
@@ -99,15 +107,16 @@ def wrap_process_inputs(config: Config) -> Callable[[Any], Any]:
     """
 
     def replace(original: Any) -> Any:
-        ledger: Ledger | None = None
+        ledgers: dict[int, list[Ledger]] = {}  # by the number of ranks
 
         @functools.wraps(original)
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-            nonlocal ledger
             request = original(self, *args, **kwargs)
-            if ledger is None:
-                ledger = device.open_ledger(config, device.of(config))
-            check_fits(ledger, identity.of(self.vllm_config).instance, request.prompt_token_ids)
+            ranks = self.vllm_config.parallel_config.world_size
+            if ranks not in ledgers:
+                ledgers[ranks] = device.open_ledgers(config, device.of(config, ranks))
+            instance = identity.of(self.vllm_config).instance
+            check_fits(ledgers[ranks], instance, request.prompt_token_ids)
             return request
 
         return process_inputs
@@ -119,12 +128,16 @@ class RequestNeverFitsError(VLLMValidationError, RequestTooLargeError):  # type:
     """vLLM answers its own validation errors with HTTP 400, and all others with 500."""
 
 
-def check_fits(ledger: Ledger, instance: str, prompt: Sequence[int] | None) -> None:
-    """Raises RequestNeverFitsError if a prompt (token ids) can never fit the instance."""
+def check_fits(ledgers: Sequence[Ledger], instance: str, prompt: Sequence[int] | None) -> None:
+    """Raises RequestNeverFitsError if a prompt (token ids) can never fit the instance: on the
+    device that can give it least.
+    """
     tokens = len(prompt or ())
-    account = ledger.snapshot().account(instance)
-    if account is None or not account.block_bytes:
+    found = [ledger.snapshot().account(instance) for ledger in ledgers]
+    accounts = [account for account in found if account is not None and account.block_bytes]
+    if not accounts:
         return
+    account = min(accounts, key=lambda each: each.ceiling)
     blocks = ceil_div(tokens + 1, account.block_tokens)  # at least one token is generated
     in_page = account.page_bytes // account.block_bytes
     most = account.ceiling // account.page_bytes * in_page - 1

@@ -16,10 +16,12 @@ from vllm.v1.request import RequestStatus
 
 from kvcached import foreign, watch
 from kvcached.engines.vllm import identity
+from kvcached.engines.vllm.device import Device
 from kvcached.engines.vllm.scheduler import ElasticScheduler
 from kvcached.errors import EngineError, LedgerBusyError, LedgerError, UnavailableError
 from kvcached.foreign import Memory
-from kvcached.ledger import Ledger
+from kvcached.ledger import Account, Ledger
+from kvcached.pages import PagePool
 from kvcached.sharing import FairShare
 
 logger = logging.getLogger(__name__)
@@ -41,21 +43,29 @@ def attach(engine: Any) -> None:
     else:
         wake = _share_step(engine, scheduler)
     scheduler.account.set_ready()
-    threading.Thread(
-        target=_follow_pressure, args=(scheduler, wake), name="kvcached-pressure", daemon=True
-    ).start()
+    for one_device in zip(scheduler.accounts, scheduler.ledgers, scheduler.devices, strict=True):
+        threading.Thread(
+            target=_follow_pressure,
+            args=(scheduler.pages, wake, *one_device),
+            name="kvcached-pressure",
+            daemon=True,
+        ).start()
 
 
 def _worker_pids(engine: Any, scheduler: ElasticScheduler) -> list[int]:
-    account = scheduler.ledger.snapshot().account(identity.of(engine.vllm_config).instance)
-    return [] if account is None else [m.pid for m in account.members if m.pid != os.getpid()]
+    instance = identity.of(engine.vllm_config).instance
+    accounts = [ledger.snapshot().account(instance) for ledger in scheduler.ledgers]
+    members = [member for each in accounts if each is not None for member in each.members]
+    return [member.pid for member in members if member.pid != os.getpid()]
 
 
-def _follow_pressure(scheduler: ElasticScheduler, wake: Any) -> None:
-    account, ledger = scheduler.account, scheduler.ledger
-    memory = scheduler.device.memory
+def _follow_pressure(
+    pages: PagePool, wake: Any, account: Account, ledger: Ledger, device: Device
+) -> None:
+    """Wakes the engine when one of its devices asks for memory; a thread sleeps on each."""
+    memory = device.memory
     tick = TICK_S if memory is None else FOREIGN_TICK_S
-    fair = FairShare(account, scheduler.pages.page_bytes)
+    fair = FairShare(account, pages.page_bytes)
     seen = account.pressure_seq
     while ledger.core.usable:
         now = account.wait_pressure(seen, tick)
@@ -64,7 +74,7 @@ def _follow_pressure(scheduler: ElasticScheduler, wake: Any) -> None:
         # Also without a call for it: what others use on the device may have grown.
         if fair.pressed():
             plan = fair.news()
-            if (plan is not None and plan.give > 0) or scheduler.pages.rested():
+            if (plan is not None and plan.give > 0) or pages.rested():
                 wake()
         seen = now
 

@@ -16,6 +16,7 @@ from kvcached.engines.base import substituted
 from kvcached.engines.vllm import adapter, device, geometry, identity
 from kvcached.engines.vllm.pool import ElasticBlockPool, ElasticKVCacheManager
 from kvcached.errors import EngineError
+from kvcached.group import grouped
 from kvcached.pages import PagePool
 from kvcached.units import ceil_div, format_size
 from kvcached.vmm_ops import Blocks
@@ -53,17 +54,22 @@ class ElasticScheduler:
 
         config = Config.from_env()
         who = identity.of(vllm_config)
-        self.device = device.of(config)
-        self.ledger = device.open_ledger(config, self.device)
+        devices = device.of(config, vllm_config.parallel_config.world_size)
+        self.devices = devices.distinct
+        self.ledgers = device.open_ledgers(config, devices)
         block_bytes = adapter.current().tensors.block_bytes(cache_config)
-        shape = geometry.of(cache_config, block_bytes, self.device, config.page_bytes)
-        self.account = self.ledger.join(who.instance, who.name, shape.page_bytes)
+        shape = geometry.of(cache_config, block_bytes, self.devices[0], config.page_bytes)
+        # What a device is charged: each rank there maps the page, with its part of each block.
+        page_bytes = shape.page_bytes * devices.ranks_each
+        self._block_bytes = shape.block_bytes * devices.ranks_each
+        self.accounts = [ledger.join(who.instance, who.name, page_bytes) for ledger in self.ledgers]
+        self.account = grouped(self.accounts, page_bytes)
         self._apply_settings(config, who.instance)
-        self.account.describe(shape.block_bytes, shape.block_tokens, shape.page_bytes)
+        self.account.describe(self._block_bytes, shape.block_tokens, page_bytes)
         self.pages = PagePool(
             Blocks(shape.num_blocks, shape.blocks_per_page),
             self.account,
-            shape.page_bytes,
+            page_bytes,
             warm_low=config.warm_low,
             warm_high=config.warm_high,
             max_cached_blocks=(
@@ -84,11 +90,11 @@ class ElasticScheduler:
         logger.info(
             "kvcached: %s on %s: %d blocks of %s, pages of %s, capacity %s",
             who.name,
-            self.ledger.device,
+            ", ".join(ledger.device for ledger in self.ledgers),
             shape.num_blocks,
-            format_size(shape.block_bytes),
-            format_size(shape.page_bytes),
-            format_size(self.ledger.capacity),
+            format_size(self._block_bytes),
+            format_size(page_bytes),
+            ", ".join(format_size(ledger.capacity) for ledger in self.ledgers),
         )
 
     # --- vLLM's methods
@@ -143,18 +149,19 @@ class ElasticScheduler:
     def shutdown(self) -> None:
         super().shutdown()  # type: ignore[misc]
         self.account.close()
-        self.ledger.close()
+        for ledger in self.ledgers:
+            ledger.close()
 
     # --- ours
 
     def _apply_settings(self, config: Config, instance: str) -> None:
-        capacity = self.ledger.capacity
-        if config.limit is not None:
-            self.ledger.set_limit(instance, config.limit.of(capacity))
-        if guarantee := config.guarantee.of(capacity):
-            self.ledger.set_guarantee(instance, guarantee)
-        if config.weight != 1.0:
-            self.ledger.set_weight(instance, config.weight)
+        for ledger in self.ledgers:
+            if config.limit is not None:
+                ledger.set_limit(instance, config.limit.of(ledger.capacity))
+            if guarantee := config.guarantee.of(ledger.capacity):
+                ledger.set_guarantee(instance, guarantee)
+            if config.weight != 1.0:
+                ledger.set_weight(instance, config.weight)
 
     def _settle(self) -> None:
         self.pages.settle(idle=self.pages.blocks.used_blocks <= 1)
@@ -191,11 +198,11 @@ class ElasticScheduler:
             request.request_id,
             blocks,
             blocks * tokens,
-            format_size(blocks * self._shape.block_bytes),
+            format_size(blocks * self._block_bytes),
             self._name,
             most,
             most * tokens,
-            format_size(most * self._shape.block_bytes),
+            format_size(most * self._block_bytes),
         )
         self._hopeless.add(request.request_id)
 

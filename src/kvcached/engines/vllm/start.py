@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,10 @@ class GpuStart:
     def __init__(self, ledger: Ledger, memory: Memory, who: Identity) -> None:
         self._ledger = ledger
         self._memory = memory
+        self._instance = who.instance
         self._member = ledger.attach(who.instance, who.name)
         self._activation_bytes = 0
+        self._least = 0  # bytes that it sets aside in any case
 
     def wait_for_room(self, size_bytes: int) -> None:
         """Sets memory aside, and waits until it is there: others give back for it what they only
@@ -50,7 +52,9 @@ class GpuStart:
         """
         self.measure()
         said = 0.0
-        while not self._member.set_aside(min(self._inside(size_bytes), self._most())):
+        while not self._member.set_aside(
+            max(self._least, min(self._inside(size_bytes), self._most()))
+        ):
             now = time.monotonic()
             if now - said > _SAY_AGAIN_S:
                 said = now
@@ -65,6 +69,32 @@ class GpuStart:
                 )
             time.sleep(_ASK_AGAIN_S)
             self.measure()
+
+    @contextmanager
+    def in_turn(self, devices: Sequence[str]) -> Iterator[None]:
+        """Enters the block when the instance has room on all ``devices`` before this one, and
+        leaves it when it has room on all of them.
+
+        Every engine takes its devices in this order, so two that start at the same time do not
+        wait for each other with half of the room each; and no rank starts before all can, since
+        vLLM's ranks wait for each other for a limited time only.
+        """
+        own, directory = self._ledger.device, self._ledger.path.parent
+        with ExitStack() as stack:
+            ledgers = [
+                stack.enter_context(Ledger.open(directory, name, create=False, read_only=True))
+                for name in devices
+                if name != own
+            ]
+            self._least = 1 if ledgers else 0  # so that other ranks see that it was granted
+            self._wait_for_ranks([ledger for ledger in ledgers if ledger.device < own])
+            yield
+            self._wait_for_ranks(ledgers)
+
+    def _wait_for_ranks(self, ledgers: Sequence[Ledger]) -> None:
+        for ledger in ledgers:
+            while not _has_room(ledger, self._instance):
+                time.sleep(_ASK_AGAIN_S)
 
     def _inside(self, size_bytes: int) -> int:
         """What of it does not fit on the device beside the ledger's capacity."""
@@ -114,6 +144,13 @@ class GpuStart:
                 self._ledger.device,
                 format_size(missing),
             )
+
+
+def _has_room(ledger: Ledger, instance: str) -> bool:
+    """Whether a member of the instance has been granted what it set aside there."""
+    account = ledger.snapshot().account(instance)
+    members = () if account is None else account.members
+    return any(member.set_aside > 0 and member.demand == 0 for member in members)
 
 
 @contextmanager

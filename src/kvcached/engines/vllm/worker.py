@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +15,10 @@ from kvcached.cache import PageMapper
 from kvcached.config import Config
 from kvcached.engines.vllm import adapter, backends, device, geometry, identity, start
 from kvcached.engines.vllm.start import GpuStart
-from kvcached.errors import EngineError
+from kvcached.errors import EngineError, KvcachedError
 from kvcached.views import int8_tensor
+
+logger = logging.getLogger(__name__)
 
 
 class AnswerZeros(TorchFunctionMode):  # type: ignore[misc]
@@ -42,6 +46,8 @@ class ElasticWorker:
     vllm_config: Any
     cache_config: Any
     device: torch.device
+    rank: int
+    is_driver_worker: bool
     _start: GpuStart | None = None
     _warm = False
 
@@ -49,14 +55,17 @@ class ElasticWorker:
         config, who = Config.from_env(), identity.of(self.vllm_config)
         if self.vllm_config.parallel_config.distributed_executor_backend == "mp":
             watch.end_with_parent(who.front_pid)  # this process is the worker's own
-        self._device = device.of(config)
+        devices = device.of(config, self.vllm_config.parallel_config.world_size)
+        self._device = devices.by_rank[self.rank]
+        self._ranks_here = devices.ranks_each
         # The ledger's lock before everything else: at death the kernel drops it after what is
         # numbered above it, the memory and the driver's own files.
         self._ledger = device.open_ledger(config, self._device)
         if self._device.memory is None:
             return super().init_device()  # type: ignore[misc]
         self._start = GpuStart(self._ledger, self._device.memory, who)
-        self._start.wait_for_room(start.needed_bytes(self.vllm_config))
+        with self._start.in_turn([each.name for each in devices.distinct]):
+            self._start.wait_for_room(start.needed_bytes(self.vllm_config))
         with start.without_memory_check():
             return super().init_device()  # type: ignore[misc]
 
@@ -86,7 +95,7 @@ class ElasticWorker:
         shape = geometry.of(kv_cache_config, block_bytes, self._device, config.page_bytes)
         self.mapper = PageMapper(
             self._ledger,
-            self._ledger.attach(who.instance, who.name, shape.page_bytes),
+            self._ledger.attach(who.instance, who.name, shape.page_bytes * self._ranks_here),
             backend,
             shape.layout(backend.granularity),
             map_timeout_s=config.map_timeout_s,
@@ -126,8 +135,16 @@ class ElasticWorker:
             self.mapper.hold(block // per_page for block in _blocks(scheduler_output))
             return
         commands = scheduler_output.kvcached_commands
-        if commands is not None:
+        if commands is None:
+            return
+        try:
             self.mapper.apply(commands, self._stream())
+        except KvcachedError as error:
+            if self.is_driver_worker:
+                raise
+            # vLLM asks only its first rank for the outcome, and that one waits for this one's part.
+            logger.critical("kvcached: rank %d of the engine ends: %s", self.rank, error)
+            os._exit(1)
 
     def _stream(self) -> int:
         """The stream on which the model runs; 0 on the host, where work is done when it returns."""
