@@ -238,8 +238,8 @@ class Config:
     warm_high: int = _setting(
         "KVCACHED_WARM_HIGH", _integer(0, "a whole number of pages, 0 or more"), 4, "4",
         "a whole number of pages, not below the low mark",
-        "The most pages that a working engine maps ahead of need, following the rate at which it "
-        "needs them. Pages above this number are given back as soon as they are empty.")
+        "The most pages that a working engine maps ahead of need, beside those of prompts in line; "
+        "0 maps none. Pages above this number are given back as soon as they are empty.")
     max_cached_tokens: int = _setting(
         "KVCACHED_MAX_CACHED_TOKENS", _integer(-1, "a number of tokens, or -1"), -1,
         "-1: no bound", "a number of tokens, or -1",

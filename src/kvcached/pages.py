@@ -191,11 +191,14 @@ class PagePool:
 
     # --- giving back
 
-    def settle(self, idle: bool) -> None:
+    def settle(self, idle: bool, coming: int = 0) -> None:
         """Brings the warm pages to what the engine is about to need; called in each step.
 
         Idle, that is the low watermark at most. Busy, they follow the rate at which pages came
-        into use (``Traffic``), between the watermarks.
+        into use (``Traffic``), between the watermarks. ``coming`` blocks that the next step is
+        known to need, as far as the engine can tell, have their pages above the high watermark too:
+        mapping them in that step would keep it waiting. With a high watermark of 0 nothing is
+        mapped ahead.
 
         Where the cache is bounded, the oldest cached blocks above the bound become free first.
         """
@@ -205,18 +208,20 @@ class PagePool:
                 self._on_evict(self.blocks.uncache(excess))
         blocks = self.blocks
         self._traffic.observe(blocks.present_pages - blocks.empty_pages)
-        keep = self._warm_low if idle else self._warm_high
+        known = ceil_div(coming, blocks.blocks_per_page) if self._warm_high and not idle else 0
+        keep = self._warm_low if idle else max(self._warm_high, known)
         excess = blocks.empty_pages - keep
         if excess > 0:
             self._drop(blocks.shrink(excess))
         elif not idle:
-            self._warm_up(max(self._warm_low, self._traffic.worth_warming(self._warm_high)))
+            expected = self._traffic.worth_warming(self._warm_high)
+            self._warm_up(max(self._warm_low, expected, known))
 
     def _warm_up(self, target: int) -> None:
         """Grows to so many warm pages, as far as leases are granted at once and nobody waits.
 
-        The target lies between the watermarks and pages are given up only above the high one, so
-        a busy engine does not map and unmap in turn. What others took back is theirs: while
+        Pages are given up only above the high watermark and what is known to come, so a busy
+        engine does not map and unmap in turn. What others took back is theirs: while
         pages are being reclaimed none are added.
         """
         reclaimed = self.counters.reclaimed - self._reclaimed_before

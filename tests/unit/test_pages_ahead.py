@@ -73,6 +73,37 @@ def test_warm_pages_follow_the_arrivals_between_the_marks(one: Instance) -> None
     assert one.pool.counters.mapped_ahead == 8
 
 
+def test_what_is_known_to_come_is_mapped_above_the_high_mark(one: Instance) -> None:
+    one.alloc(3)
+    one.pool.settle(idle=False, coming=9 * PER_PAGE - 1)
+    assert one.carry().ahead == tuple(range(1, 10))
+    one.pool.settle(idle=False, coming=9 * PER_PAGE)
+    assert one.carry() == Commands((), ()), "it is there"
+    one.alloc(7 * PER_PAGE)
+    one.pool.settle(idle=False)
+    assert len(one.carry().map) == 7, "the step waits for none of them: they are mapped"
+    one.pool.settle(idle=True, coming=9 * PER_PAGE)
+    one.carry()
+    assert one.blocks.empty_pages == 1, "an idle engine has nothing in line"
+    one.check()
+
+
+def test_what_is_known_to_come_takes_nothing_from_who_waits(ledger: Ledger) -> None:
+    one = Instance(ledger, "one", pages=64, warm_low=1, warm_high=4)
+    other = Instance(ledger, "other", pages=64)
+    one.alloc(3)
+    other.account.set_demand(PAGE)
+    one.pool.settle(idle=False, coming=9 * PER_PAGE)
+    assert one.carry() == Commands((), ())
+
+
+def test_a_high_mark_of_zero_maps_nothing_ahead(ledger: Ledger) -> None:
+    one = Instance(ledger, "one", pages=64, warm_low=0, warm_high=0)
+    one.alloc(3)
+    one.pool.settle(idle=False, coming=9 * PER_PAGE)
+    assert one.carry() == Commands((), ())
+
+
 def test_an_idle_engine_falls_to_the_low_mark_and_a_new_one_maps_nothing(one: Instance) -> None:
     for _ in range(3):
         one.pool.settle(idle=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from vllm.v1.core import kv_cache_coordinator
@@ -38,6 +39,7 @@ class ElasticScheduler:
     running: Any
     waiting: Any
     max_num_running_reqs: int
+    max_num_scheduled_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
@@ -164,7 +166,7 @@ class ElasticScheduler:
                 ledger.set_weight(instance, config.weight)
 
     def _settle(self) -> None:
-        self.pages.settle(idle=self.pages.blocks.used_blocks <= 1)
+        self.pages.settle(idle=self.pages.blocks.used_blocks <= 1, coming=self._blocks_coming())
         self.pages.publish()
 
     def _can_only_wait(self, output: Any) -> bool:
@@ -183,9 +185,25 @@ class ElasticScheduler:
 
     def _blocks_waited_for(self) -> int:
         """Blocks of the prompts that could run at once if there were memory for them."""
-        room = max(0, self.max_num_running_reqs - len(self.running))
         tokens = self._shape.block_tokens
-        return sum(ceil_div(r.num_tokens, tokens) for r in itertools.islice(self.waiting, room))
+        return sum(ceil_div(r.num_tokens, tokens) for r in self._next_in_line())
+
+    def _next_in_line(self) -> Iterator[Any]:
+        room = max(0, self.max_num_running_reqs - len(self.running))
+        return itertools.islice(self.waiting, room)
+
+    def _blocks_coming(self) -> int:
+        """Blocks of the prompts in line that the next step can take, where memory is not short.
+        What is cached of them counts too: a page too many is given back when the line has ended.
+        """
+        if self._short or not self.waiting:
+            return 0
+        blocks, most = 0, self.max_num_scheduled_tokens // self._shape.block_tokens
+        for request in self._next_in_line():
+            blocks += ceil_div(request.num_tokens, self._shape.block_tokens)
+            if blocks >= most:
+                return most
+        return blocks
 
     def _check_fits(self, request: Any, blocks: int) -> None:
         most = self.most_blocks()
