@@ -246,8 +246,10 @@ class Config:
         "The most tokens that free blocks keep for prefix hits.")
     unmapped: str = _setting(
         "KVCACHED_UNMAPPED", _choice("hole", "zero"), "hole", "hole", "hole or zero",
-        "What backs addresses without a page: nothing, or a shared page of zeros for engines "
-        "whose kernels read where they should not.")
+        "What backs addresses without a page: nothing, so that touching them is a fault that shows "
+        "a bug at once, or one shared page of zeros, for kernels that read where they should not. "
+        "What is written there is read at every other such place: `zero` can hide a bug. It costs "
+        "the memory of one page and one mapping for each page of addresses when an engine starts.")
     map_timeout_s: float = _setting(
         "KVCACHED_MAP_TIMEOUT", _number(0, 3600, "seconds, from 0 to 3600"), 30.0, "30",
         "seconds, from 0 to 3600",

@@ -28,7 +28,7 @@ def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
     The classes are those that vLLM resolved, subclassed: naming ours before it resolves them
     would bypass its own choices (asynchronous scheduling, fall-backs).
     """
-    _refuse_unsupported(vllm_config, config)
+    _refuse_unsupported(vllm_config)
     who = identity.assign(vllm_config, config)
     parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config
     parallel.worker_cls = classes.qualified_name("worker", parallel.worker_cls)
@@ -43,7 +43,7 @@ def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
         follow_engine(ledgers, who.instance)
 
 
-def _refuse_unsupported(vllm_config: Any, config: Config) -> None:
+def _refuse_unsupported(vllm_config: Any) -> None:
     from vllm.platforms import current_platform
 
     parallel = vllm_config.parallel_config
@@ -62,7 +62,6 @@ def _refuse_unsupported(vllm_config: Any, config: Config) -> None:
         and parallel.tensor_parallel_size > 1,
         "speculative decoding": vllm_config.speculative_config,
         "sleep mode": vllm_config.model_config.enable_sleep_mode,
-        "KVCACHED_UNMAPPED=zero": config.unmapped == "zero",
     }.items():
         if wrong:
             raise EngineError(f"kvcached does not support {what} yet. {OFF}")

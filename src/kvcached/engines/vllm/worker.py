@@ -99,6 +99,7 @@ class ElasticWorker:
             backend,
             shape.layout(backend.granularity),
             map_timeout_s=config.map_timeout_s,
+            zero_holes=config.unmapped == "zero",
             on_refusal=self._measure,
         )
         size = shape.num_blocks * shape.block_bytes
