@@ -250,6 +250,13 @@ class Config:
         "a bug at once, or one shared page of zeros, for kernels that read where they should not. "
         "What is written there is read at every other such place: `zero` can hide a bug. It costs "
         "the memory of one page and one mapping for each page of addresses when an engine starts.")
+    layout: str = _setting(
+        "KVCACHED_LAYOUT", _choice("auto", "block", "layer"), "auto", "auto",
+        "auto, block or layer",
+        "How the KV cache lies. `block`: all layers of a block together, so that one page is one "
+        "handle of the driver's. `layer`: each layer apart, as vLLM lays it, so that a page takes "
+        "a handle for each layer. `auto`: `block` for attention backends that were seen to take "
+        "it, `layer` for all others.")
     map_timeout_s: float = _setting(
         "KVCACHED_MAP_TIMEOUT", _number(0, 3600, "seconds, from 0 to 3600"), 30.0, "30",
         "seconds, from 0 to 3600",

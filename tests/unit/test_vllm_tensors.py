@@ -31,6 +31,7 @@ class Tensor24:
 class Tensor32:
     """``KVCacheTensor`` of vLLM 0.32."""
 
+    size: int
     layers: list[str]
     offset: int
     layer_stride: int
@@ -106,8 +107,6 @@ def test_0_24_every_byte_of_a_block_belongs_to_one_layer(
 
 
 def test_0_24_refuses_what_it_cannot_read() -> None:
-    with pytest.raises(EngineError, match="packed by vLLM itself"):
-        tensors_0_24.block_bytes(Config(4, [Tensor24(64, ["a"], offset=0, block_stride=16)]))
     with pytest.raises(EngineError, match="62 bytes does not hold 4 whole blocks"):
         tensors_0_24.block_outermost(Config(4, [Tensor24(62, ["a"])]))
 
@@ -115,7 +114,9 @@ def test_0_24_refuses_what_it_cannot_read() -> None:
 @given(st.integers(1, 12), st.integers(1, 64), st.integers(1, 9))
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_0_32_layers_of_a_block_lie_together(layers: int, size: int, blocks: int) -> None:
-    before = Config(blocks, [Tensor32([f"l{n}" for n in range(layers)], 0, size * blocks, size)])
+    whole = layers * size * blocks
+    names = [f"l{n}" for n in range(layers)]
+    before = Config(blocks, [Tensor32(whole, names, 0, size * blocks, size)])
     (tensor,) = tensors_0_32.block_outermost(before).kv_cache_tensors
     block_bytes = tensors_0_32.block_bytes(before)
     assert (block_bytes, tensor.block_stride) == (size * layers, block_bytes)
@@ -149,7 +150,6 @@ class Backend:
         ("TRITON_ATTN", (0, 1, 2, 3, 4), None),
         ("CPU_ATTN", None, None),
         ("FLASH_ATTN", (0, 1, 3, 2, 4), "HND"),
-        ("FLASHINFER", (0, 1, 2, 3, 4), "not tried"),
     ],
 )
 def test_0_24_asks_the_attention_backend(
