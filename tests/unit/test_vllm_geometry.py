@@ -68,8 +68,10 @@ def test_what_is_not_supported_is_named() -> None:
 
 def test_the_scheduler_finds_the_workers_pages_in_the_ledger() -> None:
     row: Any = SimpleNamespace(block_bytes=MIB, page_bytes=48 * MIB)
-    shape = geometry.described(config(FULL), MIB, row)
+    shape = geometry.described(config(FULL), MIB, 1, row)
     assert (shape.blocks_per_page, shape.page_bytes) == (48, 48 * MIB)
     for account in (row, None):
         with pytest.raises(EngineError, match="scheduler's blocks have 2097152 bytes"):
-            geometry.described(config(FULL), 2 * MIB, account)
+            geometry.described(config(FULL), 2 * MIB, 1, account)
+    shared = geometry.described(config(FULL), MIB // 2, 2, row)
+    assert (shared.blocks_per_page, shared.block_bytes) == (48, MIB // 2), "of each of two ranks"
