@@ -103,6 +103,12 @@ def cases(
             yield case(named("sliding", model=windowed), control="all")
         if "hnd" in names:
             yield case(named("hnd", kv_order="HND"), control="all")
+        if "flashinfer" in names:
+            yield case(named("flashinfer", backend="FLASHINFER"), control="all")
+        if "flashinfer-block" in names:
+            yield case(
+                named("flashinfer-block", backend="FLASHINFER"), control="all", layout="block"
+            )
         if "ngram" in names and runner == runners[-1]:  # only the V1 runner has this drafter
             lookup = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
             drafter = {"method": "ngram", "num_speculative_tokens": 4, **lookup}
@@ -160,7 +166,8 @@ def judge(case: Case, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         problems.append("one schedules asynchronously, the other does not")
     if not arena.get("unmaps"):
         problems.append("no page was ever given back")
-    apart = case.elastic.layout == "layer" or case.elastic.kv_order == "HND"
+    tried = case.elastic.layout == "block" or case.elastic.backend != "FLASHINFER"
+    apart = case.elastic.layout == "layer" or case.elastic.kv_order == "HND" or not tried
     if (elastic["facts"]["regions"] > 1) != apart:
         problems.append(f"its KV cache lies in {elastic['facts']['regions']} regions")
     if bool(elastic["facts"]["zero_bytes"]) != case.elastic.zero_holes:
@@ -243,7 +250,7 @@ def main() -> int:
         "--cases",
         default="base,prefix",
         help="of base, prefix, sync, triton, preempt, core, fence, compiled, zero, layer, fp8, "
-        "sliding, hnd, ngram",
+        "sliding, hnd, flashinfer, flashinfer-block, ngram",
     )
     parser.add_argument("--at-a-time", type=int, default=4, help="engines at a time")
     parser.add_argument("--limit", type=float, default=420.0, help="seconds in all")

@@ -64,7 +64,7 @@ def decide(
     wrong = sorted({why for name in specs if (why := _refusal(used[name], specs[name], tensors))})
     if wrong and wanted == "block":
         raise EngineError(f"kvcached: KVCACHED_LAYOUT=block, but there is {', '.join(wrong)}")
-    new = {backend.get_name() for backend in used.values()} - tensors.BACKENDS
+    new = {used[name].get_name() for name in specs} - tensors.BACKENDS
     if wanted == "block" or (wanted == "auto" and not wrong and not new):
         return Plan(True, (tensors.block_bytes(cache_config),))
     reasons = wrong or [f"{name}, not tried with blocks outermost" for name in sorted(new)]
