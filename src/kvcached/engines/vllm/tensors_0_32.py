@@ -9,7 +9,7 @@ from typing import Any
 
 from kvcached.errors import EngineError
 
-BACKENDS = frozenset({"CPU_ATTN", "CPU_MLA"})
+BACKENDS = frozenset({"CPU_ATTN"})
 """Attention backends that were seen to give right outputs with block-outermost strides."""
 
 # Layouts of vLLM's in which a layer's blocks are not one run of whole blocks.
