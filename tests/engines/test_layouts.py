@@ -20,10 +20,10 @@ NGRAM = {
 # model, arguments, environment of the elastic engine
 ENGINES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "layer": ("llama", {}, {"KVCACHED_LAYOUT": "layer"}),
-    "zero": ("llama", {}, {"KVCACHED_UNMAPPED": "zero"}),
-    "ngram": ("llama", {"speculative_config": NGRAM}, {}),
-    "hybrid": ("hybrid", {"enable_prefix_caching": True}, {}),
+    "hybrid": ("hybrid", {"enable_prefix_caching": True}, {"KVCACHED_UNMAPPED": "zero"}),
     "mla": ("mla", {}, {}),
+    # Last: vLLM cannot register its kernels again in a process that has this drafter.
+    "ngram": ("llama", {"speculative_config": NGRAM}, {}),
 }
 
 
@@ -58,7 +58,7 @@ def test_outputs_are_those_of_plain_vllm(model: Path, tmp_path: Path) -> None:
         assert len({tuple(tokens) for tokens in found["outputs"]}) == len(PROMPTS), name
         assert found["outputs"] == plain[name]["outputs"], name
         assert found["mapped"] > 4, name
-    zeros = ours["zero"]["loaded"]
+    zeros = ours["hybrid"]["loaded"]
     assert zeros["pinned"] == 2 * zeros["page"]
 
 
