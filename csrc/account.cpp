@@ -9,6 +9,14 @@ namespace {
 void add(layout::I64& counter, int64_t amount) {
   counter.fetch_add(amount, std::memory_order_acq_rel);
 }
+
+void store_geometry(layout::Geometry& geometry, int64_t block_bytes, int64_t block_tokens,
+                    int64_t page_bytes) {
+  geometry.block_tokens.store(block_tokens);
+  geometry.page_bytes.store(page_bytes);
+  geometry.block_bytes.store(block_bytes);  // last: readers wait for it
+}
+
 }  // namespace
 
 Status AccountHandle::join(std::shared_ptr<Segment> segment, const std::string& instance,
@@ -183,11 +191,11 @@ void AccountHandle::set_ready(bool ready) {
 }
 
 void AccountHandle::describe(int64_t block_bytes, int64_t block_tokens, int64_t page_bytes) {
-  if (!usable()) return;
-  layout::Geometry& geometry = row().geometry;
-  geometry.block_tokens.store(block_tokens);
-  geometry.page_bytes.store(page_bytes);
-  geometry.block_bytes.store(block_bytes);  // last: readers wait for it
+  if (usable()) store_geometry(row().geometry, block_bytes, block_tokens, page_bytes);
+}
+
+void MemberHandle::describe(int64_t block_bytes, int64_t block_tokens, int64_t page_bytes) {
+  if (usable()) store_geometry(row().geometry, block_bytes, block_tokens, page_bytes);
 }
 
 void AccountHandle::count_reclaimed(int64_t size_bytes) {

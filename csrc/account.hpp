@@ -97,6 +97,8 @@ class MemberHandle {
 
   // Charges and books bytes that this process is about to create without a lease of the owner.
   Grant pin(int64_t size_bytes);
+  // As the owner's: a worker knows the pages before there is an owner.
+  void describe(int64_t block_bytes, int64_t block_tokens, int64_t page_bytes);
   void set_demand(int64_t size_bytes);  // leased bytes that the device refuses; 0 when it gave them
   // Keeps leases off so many bytes, which this process will allocate beside its pages; 0 when it
   // has. Kept at once in any case; kRefused: others hold them still, and are asked to give back.

@@ -60,6 +60,10 @@ Status Arena::open(std::shared_ptr<Backend> backend, ArenaOptions options,
   if (!status.is_ok()) return status;
   std::unique_ptr<Arena> made(new Arena(std::move(backend), std::move(options)));
   status = made->reservation_.open(made->backend_, made->options_.size);
+  if (status.is_ok() && made->options_.zero_holes) {
+    CallScope calls(*made->backend_);
+    status = made->cover_.open(made->address(), made->options_.regions, made->options_.pages);
+  }
   if (status.is_ok()) *arena = std::move(made);
   return status;
 }
@@ -67,7 +71,8 @@ Status Arena::open(std::shared_ptr<Backend> backend, ArenaOptions options,
 Arena::Arena(std::shared_ptr<Backend> backend, ArenaOptions options)
     : backend_(std::move(backend)),
       options_(std::move(options)),
-      store_(backend_, options_.pool_bytes),
+      cover_(backend_),
+      store_(backend_, options_.pool_bytes, options_.zero_holes ? &cover_ : nullptr),
       pages_(static_cast<size_t>(options_.pages)) {
   for (const Region& region : options_.regions) page_bytes_ += region.chunk;
 }
@@ -75,10 +80,11 @@ Arena::Arena(std::shared_ptr<Backend> backend, ArenaOptions options)
 Arena::~Arena() {
   if (backend_->inherited()) return;
   CallScope calls(*backend_);
+  store_.leave_holes();
   pages_.clear();
   store_.close();
   // Addresses with a mapping that will not go away are better leaked than handed to someone else.
-  if (store_.is_stuck(address(), size())) reservation_.abandon();
+  if (!cover_.close() || store_.is_stuck(address(), size())) reservation_.abandon();
 }
 
 Status Arena::check_process() const {
@@ -195,6 +201,20 @@ Status Arena::retry_quarantine(int64_t* released) {
   return status;
 }
 
+Status Arena::uncover(int64_t* released) {
+  *released = 0;
+  Status status = check_process();
+  if (!status.is_ok()) return status;
+  std::lock_guard<std::mutex> lock(mutex_);
+  CallScope calls(*backend_);
+  const int64_t before = created();
+  store_.leave_holes();
+  const bool gone = cover_.close();
+  *released = before - created();
+  if (gone) return status;
+  return {Code::kDriver, "arena: the driver keeps zeros mapped that nobody needs"};
+}
+
 Status Arena::is_mapped(int64_t page, bool* mapped) const {
   if (page < 0 || page >= options_.pages) {
     return invalid("page " + std::to_string(page) + " is outside 0.." +
@@ -217,7 +237,7 @@ std::vector<int64_t> Arena::mapped_pages() const {
 
 size_t Arena::created_bytes() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return store_.created_bytes();
+  return static_cast<size_t>(created());
 }
 
 size_t Arena::mapped_bytes() const {
@@ -233,6 +253,16 @@ size_t Arena::pooled_bytes() const {
 size_t Arena::quarantined_bytes() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return store_.quarantined_bytes();
+}
+
+size_t Arena::zero_bytes() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return cover_.created_bytes();
+}
+
+int64_t Arena::bare_places() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return cover_.bare_places();
 }
 
 Counters Arena::counters() const {

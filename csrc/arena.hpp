@@ -7,22 +7,17 @@
 #include <vector>
 
 #include "backend.hpp"
+#include "cover.hpp"
 #include "handles.hpp"
 
 namespace kvcached {
-
-// Where the pages of one contiguous run of tensors lie: page p covers the bytes
-// [offset + p*chunk, offset + (p+1)*chunk) of the reservation.
-struct Region {
-  size_t offset = 0;
-  size_t chunk = 0;
-};
 
 struct ArenaOptions {
   std::vector<Region> regions;
   int64_t pages = 0;
   size_t size = 0;
-  size_t pool_bytes = 0;  // handles kept for reuse when pages are unmapped
+  size_t pool_bytes = 0;    // handles kept for reuse when pages are unmapped
+  bool zero_holes = false;  // shared zeros wherever no page is (Cover)
 };
 
 // Every method may be called from any thread. In a forked child the memory is the parent's: what
@@ -44,14 +39,20 @@ class Arena {
   Status unmap(const std::vector<int64_t>& pages, int64_t* released);
   Status trim(size_t keep_bytes, int64_t* released);
   Status retry_quarantine(int64_t* released);
+  // Takes the zeros out of the holes, which fault from now on, and gives back their memory.
+  // Nothing may read there any more.
+  Status uncover(int64_t* released);
 
   Status is_mapped(int64_t page, bool* mapped) const;
   std::vector<int64_t> mapped_pages() const;
-  // Bytes that occupy the device for this arena: mapped, pooled and quarantined.
+  // Bytes that occupy the device for this arena: mapped, pooled, quarantined and zeros.
   size_t created_bytes() const;
   size_t mapped_bytes() const;
   size_t pooled_bytes() const;
   size_t quarantined_bytes() const;
+  size_t zero_bytes() const;
+  // Places without a page that are without zeros too, since the driver refused to map them there.
+  int64_t bare_places() const;
   Counters counters() const;
   // The driver's last refusal; empty if there was none.
   std::string last_failure() const;
@@ -76,7 +77,9 @@ class Arena {
   Arena(std::shared_ptr<Backend> backend, ArenaOptions options);
   Status check_pages(const std::vector<int64_t>& pages, bool mapped) const;
   Status map_page(int64_t page, Page* mappings);
-  int64_t created() const { return static_cast<int64_t>(store_.created_bytes()); }
+  int64_t created() const {
+    return static_cast<int64_t>(store_.created_bytes() + cover_.created_bytes());
+  }
 
   const std::shared_ptr<Backend> backend_;
   const ArenaOptions options_;
@@ -84,6 +87,7 @@ class Arena {
   mutable std::mutex mutex_;  // guards what follows; taken with the GIL released
   // In this order: pages give their handles to the store, and the reservation goes last.
   Reservation reservation_;
+  Cover cover_;
   HandleStore store_;
   std::vector<Page> pages_;
   int64_t mapped_pages_ = 0;

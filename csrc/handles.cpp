@@ -100,11 +100,17 @@ Status HandleStore::acquire(size_t size, PageHandle* handle) {
 
 Status HandleStore::place(PageHandle handle, uintptr_t address, std::vector<Mapping>* mappings) {
   mappings->reserve(mappings->size() + 1);
+  if (cover_ != nullptr) {
+    Status lifted = note(cover_->lift(address));
+    if (!lifted.is_ok()) return lifted;
+  }
   bool placed = false;
   Status status = note(backend_->map(address, handle.get(), &placed));
   if (placed) {
     ++counters_.maps;
     mappings->emplace_back(this, handle.let_go(), address);
+  } else if (cover_ != nullptr) {
+    (void)note(cover_->lay(address));
   }
   return status;
 }
@@ -126,6 +132,7 @@ void HandleStore::displace(Handle handle, uintptr_t address) noexcept {
     return;
   }
   ++counters_.unmaps;
+  if (cover_ != nullptr) (void)note(cover_->lay(address));
   give_back(handle);
 }
 
@@ -168,6 +175,7 @@ void HandleStore::retry() {
       release(stuck.handle);
     }
   }
+  if (cover_ != nullptr) (void)note(cover_->retry());
 }
 
 void HandleStore::close() {

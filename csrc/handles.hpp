@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "backend.hpp"
+#include "cover.hpp"
 
 namespace kvcached {
 
@@ -100,11 +101,12 @@ struct Counters {
 };
 
 // Makes handles and takes them back: keeps up to a limit for reuse, releases the rest, and puts
-// in quarantine what the driver refused to unmap or release, to try again. Not thread-safe.
+// in quarantine what the driver refused to unmap or release, to try again. With a cover, zeros give
+// way to every mapping and come back after it. Not thread-safe.
 class HandleStore {
  public:
-  HandleStore(std::shared_ptr<Backend> backend, size_t pool_limit)
-      : backend_(std::move(backend)), pool_limit_(pool_limit) {}
+  HandleStore(std::shared_ptr<Backend> backend, size_t pool_limit, Cover* cover)
+      : backend_(std::move(backend)), cover_(cover), pool_limit_(pool_limit) {}
   ~HandleStore() { close(); }
 
   // A handle of `size` bytes, from the pool if it has one: then it holds its old contents.
@@ -114,10 +116,12 @@ class HandleStore {
 
   // Releases pooled handles until no more than `keep` bytes of them are left.
   void trim(size_t keep);
-  // Tries again to unmap and release what is in quarantine.
+  // Tries again to unmap and release what is in quarantine, and to cover what is bare.
   void retry();
   // Releases everything that can be; nothing is pooled from now on.
   void close();
+  // From now on nothing is covered where a mapping goes.
+  void leave_holes() { cover_ = nullptr; }
   // Whether a mapping that could not be undone lies in [address, address+size).
   bool is_stuck(uintptr_t address, size_t size) const;
 
@@ -147,6 +151,7 @@ class HandleStore {
   Status note(Status status) noexcept;
 
   const std::shared_ptr<Backend> backend_;
+  Cover* cover_;  // null: holes stay holes
   size_t pool_limit_;
   std::map<size_t, std::vector<Handle>> pool_;  // by size
   std::vector<Stuck> quarantine_;

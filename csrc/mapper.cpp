@@ -23,7 +23,7 @@ Status Mapper::open(std::shared_ptr<Arena> arena, std::shared_ptr<MemberHandle> 
                     std::shared_ptr<Mapper>* mapper) {
   Status status = arena->check_process();
   if (!status.is_ok()) return status;
-  if (arena->created_bytes() != 0) return invalid("its arena must be empty");
+  if (arena->created_bytes() != arena->zero_bytes()) return invalid("its arena must be empty");
   // In a forked child the condition variables have waiters that do not exist, and the thread
   // object names none: nothing may be destroyed there.
   const auto destroy = [](Mapper* dying) {
@@ -39,7 +39,8 @@ Mapper::Mapper(std::shared_ptr<Arena> arena, std::shared_ptr<MemberHandle> membe
     : arena_(std::move(arena)),
       member_(std::move(member)),
       page_bytes_(static_cast<int64_t>(arena_->page_bytes())),
-      pages_(static_cast<size_t>(arena_->pages())) {}
+      pages_(static_cast<size_t>(arena_->pages())),
+      created_bytes_(static_cast<int64_t>(arena_->created_bytes())) {}
 
 Mapper::~Mapper() {
   close();

@@ -44,7 +44,8 @@ class Mapper {
  public:
   using Pages = std::vector<int64_t>;
 
-  // The arena must be empty and used by nobody else, its pool limit at least its size.
+  // The arena must be empty and used by nobody else, its pool limit at least its size. Its zeros
+  // are booked by the member already.
   static Status open(std::shared_ptr<Arena> arena, std::shared_ptr<MemberHandle> member,
                      std::shared_ptr<Mapper>* mapper);
   ~Mapper();

@@ -46,6 +46,11 @@ class Job:
     page_mib: int | None = None
     judges: tuple[str, ...] = ()  # jobs whose answers this engine judges (work "verdict")
     own_core: bool = False  # the engine's core in a process of its own, as under ``vllm serve``
+    layout: str = "auto"  # KVCACHED_LAYOUT
+    zero_holes: bool = False  # KVCACHED_UNMAPPED
+    kv_dtype: str = "auto"
+    kv_order: str = ""  # VLLM_KV_CACHE_LAYOUT: NHD or HND
+    speculative: dict[str, Any] = field(default_factory=dict)
     compilation: dict[str, Any] = field(
         default_factory=lambda: {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     )
@@ -59,6 +64,8 @@ class Job:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if self.own_core else "0",
             "VLLM_BATCH_INVARIANT": "1" if self.batch_invariant else "0",
         }
+        if self.kv_order:
+            changes["VLLM_KV_CACHE_LAYOUT"] = self.kv_order
         if self.own_core:
             changes["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for ``sharpen``
         if self.elastic:
@@ -66,6 +73,8 @@ class Job:
                 "ENABLE_KVCACHED": "true",
                 "KVCACHED_DIR": self.ledger,
                 "KVCACHED_NAME": self.name,
+                "KVCACHED_LAYOUT": self.layout,
+                "KVCACHED_UNMAPPED": "zero" if self.zero_holes else "hole",
             }
             if self.warm_pages is not None:
                 changes["KVCACHED_WARM_LOW"] = changes["KVCACHED_WARM_HIGH"] = str(self.warm_pages)
@@ -93,7 +102,10 @@ def build(job: Job) -> Any:
         "compilation_config": dict(job.compilation),
         "attention_config": {"backend": job.backend},
         "disable_log_stats": False,
+        "kv_cache_dtype": job.kv_dtype,
     }
+    if job.speculative:
+        arguments["speculative_config"] = dict(job.speculative)
     if not job.elastic and job.kv_bytes is not None:
         arguments["kv_cache_memory_bytes"] = job.kv_bytes
     if job.async_scheduling is not None:
@@ -177,6 +189,8 @@ def _tensor_facts(worker: Any) -> dict[str, Any]:
         "strides": list(caches[0].stride()),
         "layer_distance": caches[1].data_ptr() - caches[0].data_ptr() if len(caches) > 1 else 0,
         "page_bytes": mapper.layout.page_bytes if mapper is not None else 0,
+        "regions": len(mapper.layout.regions) if mapper is not None else 0,
+        "zero_bytes": mapper.arena.zero_bytes() if mapper is not None else 0,
         "arena": mapper.arena.counters() if mapper is not None else {},
     }
 
@@ -248,6 +262,10 @@ def run(job: Job, folder: Path) -> None:
     time.sleep(1.5)  # an idle engine gives back
     result["preemptions"] = sum(
         m.value for m in llm.get_metrics() if m.name.startswith("vllm:num_preemptions")
+    )
+    result["drafted"], result["accepted"] = (
+        sum(m.value for m in llm.get_metrics() if m.name.startswith(f"vllm:spec_decode_num_{what}"))
+        for what in ("draft_tokens", "accepted_tokens")
     )
     result["arena"] = llm.collective_rpc(_tensor_facts)[0]["arena"]
     if job.elastic:

@@ -55,8 +55,12 @@ def case(base: Job, *, control: str = "", judged: bool = False, **elastic: Any) 
     return Case(plain, ours, other, judge)
 
 
-def cases(model: str, ledger: str, names: Sequence[str], runners: Sequence[str]) -> Iterator[Case]:
-    """The named groups of cases, for each runner."""
+def cases(
+    model: str, windowed: str, ledger: str, names: Sequence[str], runners: Sequence[str]
+) -> Iterator[Case]:
+    """The named groups of cases, for each runner. ``windowed`` is a model whose layers see the
+    last tokens only.
+    """
     for runner in runners:
         base = Job("", model, BUSY, ledger=f"{ledger}/all", runner=runner, max_tokens_a_step=2048)
 
@@ -89,6 +93,28 @@ def cases(model: str, ledger: str, names: Sequence[str], runners: Sequence[str])
         if "compiled" in names:
             compilation = {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE"}
             yield case(named("compiled", compilation=compilation, work=("churn", "stop")))
+        if "zero" in names:
+            yield case(named("zero"), control="all", zero_holes=True)
+        if "layer" in names:
+            yield case(named("layer"), control="all", layout="layer")
+        if "fp8" in names:
+            yield case(named("fp8", kv_dtype="fp8"), control="all")
+        if "sliding" in names:
+            yield case(named("sliding", model=windowed), control="all")
+        if "hnd" in names:
+            yield case(named("hnd", kv_order="HND"), control="all")
+        if "flashinfer" in names:
+            yield case(named("flashinfer", backend="FLASHINFER"), control="all")
+        if "flashinfer-block" in names:
+            yield case(
+                named("flashinfer-block", backend="FLASHINFER"), control="all", layout="block"
+            )
+        if "ngram" in names and runner == runners[-1]:  # only the V1 runner has this drafter
+            lookup = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+            drafter = {"method": "ngram", "num_speculative_tokens": 4, **lookup}
+            yield case(
+                replace(base, name="v1-ngram", runner="V1", speculative=drafter), control="all"
+            )
 
 
 def compare(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
@@ -122,6 +148,11 @@ def judge(case: Case, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "worker": elastic["facts"]["worker"],
         "runner": elastic["facts"]["runner"],
         "strides": elastic["facts"]["strides"],
+        "regions": elastic["facts"]["regions"],
+        "page_bytes": elastic["facts"]["page_bytes"],
+        "zero_bytes": elastic["facts"]["zero_bytes"],
+        "drafted": [plain["drafted"], elastic["drafted"]],
+        "accepted": [plain["accepted"], elastic["accepted"]],
         "preemptions": [plain["preemptions"], elastic["preemptions"]],
         "maps": arena.get("maps"),
         "unmaps": arena.get("unmaps"),
@@ -135,6 +166,14 @@ def judge(case: Case, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         problems.append("one schedules asynchronously, the other does not")
     if not arena.get("unmaps"):
         problems.append("no page was ever given back")
+    tried = case.elastic.layout == "block" or case.elastic.backend != "FLASHINFER"
+    apart = case.elastic.layout == "layer" or case.elastic.kv_order == "HND" or not tried
+    if (elastic["facts"]["regions"] > 1) != apart:
+        problems.append(f"its KV cache lies in {elastic['facts']['regions']} regions")
+    if bool(elastic["facts"]["zero_bytes"]) != case.elastic.zero_holes:
+        problems.append("its holes are not what they should be")
+    if case.elastic.speculative and not elastic["accepted"]:
+        problems.append("no drafted token was ever accepted")
     if case.elastic.capacity_bytes is not None and not elastic["preemptions"]:
         problems.append("nothing was preempted")
     if case.control is not None and case.judge is None:
@@ -186,6 +225,12 @@ def table(verdicts: Sequence[dict[str, Any]]) -> str:
             f"{one['case']:14} {state:4} {equal:42} {control:14} {one['async']!s:5} "
             f"{one['maps']}/{one['unmaps']} {one['preemptions'][0]:.0f}/{one['preemptions'][1]:.0f}"
         )
+        lines.append(
+            f"    {one['regions']} regions, pages of {one['page_bytes'] >> 20} MiB, zeros of "
+            f"{one['zero_bytes'] >> 20} MiB; started in {one['start_s'][0]:.1f}/"
+            f"{one['start_s'][1]:.1f} s; drafted {one['drafted'][1]:.0f}, accepted "
+            f"{one['accepted'][1]:.0f}"
+        )
         for name, told in one.get("judged", {}).items():
             lines.append(
                 f"    {name}: {told['likeliest']:.2%} of {told['tokens']} tokens are the "
@@ -204,7 +249,8 @@ def main() -> int:
     parser.add_argument(
         "--cases",
         default="base,prefix",
-        help="of base, prefix, sync, triton, preempt, core, fence, compiled",
+        help="of base, prefix, sync, triton, preempt, core, fence, compiled, zero, layer, fp8, "
+        "sliding, hnd, flashinfer, flashinfer-block, ngram",
     )
     parser.add_argument("--at-a-time", type=int, default=4, help="engines at a time")
     parser.add_argument("--limit", type=float, default=420.0, help="seconds in all")
@@ -212,9 +258,9 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     out = options.out.resolve()
     model = fleet.make_model(out / "models", options.shape)
-    chosen = list(
-        cases(model, str(out / "ledger"), options.cases.split(","), options.runners.split(","))
-    )
+    windowed = fleet.make_model(out / "models", options.shape, sliding_window=512)
+    names, runners = options.cases.split(","), options.runners.split(",")
+    chosen = list(cases(model, windowed, str(out / "ledger"), names, runners))
     if not chosen:
         parser.error(f"no case of --cases {options.cases}")
     fleet.preload()

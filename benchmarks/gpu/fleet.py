@@ -46,8 +46,10 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
 
 
-def make_model(folder: Path, shape: str) -> str:
-    """A Llama of a known size: its configuration is all there is."""
+def make_model(folder: Path, shape: str, sliding_window: int | None = None) -> str:
+    """A Llama of a known size, or a Mistral, whose layers see so many tokens: its configuration is
+    all there is.
+    """
     common = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -61,7 +63,14 @@ def make_model(folder: Path, shape: str) -> str:
         "torch_dtype": "bfloat16",
         "vocab_size": 128256,
     }
-    target = folder / f"llama-{shape}"
+    kind = "llama" if sliding_window is None else "mistral"
+    if sliding_window is not None:
+        common |= {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "sliding_window": sliding_window,
+        }
+    target = folder / f"{kind}-{shape}"
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(common | SHAPES[shape], indent=1))
     return str(target)
@@ -84,6 +93,7 @@ def preload() -> None:
         "vllm.v1.attention.backends.flash_attn",
         "vllm.v1.attention.backends.triton_attn",
         "vllm.model_executor.models.llama",
+        "vllm.model_executor.models.mistral",
     ):
         importlib.import_module(name)
     import torch

@@ -42,12 +42,13 @@ void destroy(Arena* arena) {
 
 SharedArena open_arena(std::shared_ptr<Probe> backend,
                        const std::vector<std::pair<size_t, size_t>>& regions, int64_t pages,
-                       size_t size, size_t pool_bytes) {
+                       size_t size, size_t pool_bytes, bool zero_holes) {
   ArenaOptions options;
   for (const auto& [offset, chunk] : regions) options.regions.push_back({offset, chunk});
   options.pages = pages;
   options.size = size;
   options.pool_bytes = pool_bytes;
+  options.zero_holes = zero_holes;
   std::unique_ptr<Arena> arena;
   raise_if_failed(
       without_gil([&] { return Arena::open(std::move(backend), std::move(options), &arena); }));
@@ -259,17 +260,20 @@ void bind_arena(py::module_& module) {
   bind_span(module);
   py::class_<Arena, SharedArena>(module, "Arena", "A reservation and the pages mapped into it.")
       .def(py::init(&open_arena), py::arg("backend"), py::arg("regions"), py::arg("pages"),
-           py::arg("size"), py::arg("pool_bytes") = 0)
+           py::arg("size"), py::arg("pool_bytes") = 0, py::arg("zero_holes") = false)
       .def("map", &counted<&Arena::map, const std::vector<int64_t>&>, py::arg("pages"))
       .def("unmap", &counted<&Arena::unmap, const std::vector<int64_t>&>, py::arg("pages"))
       .def("trim", &counted<&Arena::trim, size_t>, py::arg("keep_bytes") = 0)
       .def("retry_quarantine", &counted<&Arena::retry_quarantine>)
+      .def("uncover", &counted<&Arena::uncover>)
       .def("is_mapped", &is_mapped, py::arg("page"))
       .def("mapped_pages", &observed<&Arena::mapped_pages>)
       .def("created_bytes", &observed<&Arena::created_bytes>)
       .def("mapped_bytes", &observed<&Arena::mapped_bytes>)
       .def("pooled_bytes", &observed<&Arena::pooled_bytes>)
       .def("quarantined_bytes", &observed<&Arena::quarantined_bytes>)
+      .def("zero_bytes", &observed<&Arena::zero_bytes>)
+      .def("bare_places", &observed<&Arena::bare_places>)
       .def("last_failure", &observed<&Arena::last_failure>)
       .def("counters", &counters)
       .def("check", &check)

@@ -268,6 +268,7 @@ void bind_member(py::module_& module) {
       .def("set_demand",
            [](MemberHandle& member, int64_t size) { member.set_demand(checked(size)); })
       .def("pin", &ask<&MemberHandle::pin>)
+      .def("describe", &MemberHandle::describe)
       .def("set_aside", &ask<&MemberHandle::set_aside>)
       .def("created",
            [](MemberHandle& member, int64_t size_bytes) {

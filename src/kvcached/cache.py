@@ -42,9 +42,12 @@ class PageMapper:
         layout: BlockLayout,
         *,
         map_timeout_s: float,
+        zero_holes: bool = False,
         on_refusal: Callable[[], None] | None = None,
     ) -> None:
-        """``on_refusal`` is called when the device refuses leased memory, before it is asked again:
+        """``zero_holes`` backs addresses without a page with shared zeros, which are charged as
+        long as the mapper is open, and takes one mapping for each of them when it opens.
+        ``on_refusal`` is called when the device refuses leased memory, before it is asked again:
         whoever accounts for what others use on it may look anew.
         """
         self.layout = layout
@@ -53,6 +56,8 @@ class PageMapper:
         self._map_timeout_s = map_timeout_s
         self._on_refusal = on_refusal
         self._quarantined = 0
+        if zero_holes:
+            self._charge(layout.zero_bytes)
         # Handles are kept while the mapper has a use for them; it releases them when it has none.
         self.arena = Arena(
             backend,
@@ -60,6 +65,7 @@ class PageMapper:
             layout.num_pages,
             layout.size_bytes,
             pool_bytes=layout.size_bytes,
+            zero_holes=zero_holes,
         )
         self.core = Mapper(self.arena, member.core)
         try:
@@ -104,6 +110,8 @@ class PageMapper:
         self.core.close()
         self._report_quarantine()
         if gone:
+            if self.arena.zero_bytes():
+                self.arena.uncover()
             self._member.close()
         else:
             logger.error(
@@ -127,7 +135,12 @@ class PageMapper:
         self.drain(_CLOSE_S)
 
     def _pin(self, pages: Sequence[int]) -> None:
-        size = len(pages) * self.layout.page_bytes
+        self._charge(len(pages) * self.layout.page_bytes)
+        self.core.need(pages)
+        self._wait(pages)
+
+    def _charge(self, size: int) -> None:
+        """Books bytes without a lease, as soon as the ledger has them; says that it waits."""
         deadline = None
         while not self._member.pin(size):
             now = time.monotonic()
@@ -140,8 +153,6 @@ class PageMapper:
                     self._holders(),
                 )
             time.sleep(_RETRY_S)
-        self.core.need(pages)
-        self._wait(pages)
 
     def _wait(self, pages: Sequence[int]) -> None:
         """Waits until pages are mapped; where the device refuses, asks it again for a while."""
@@ -214,16 +225,23 @@ class ElasticCache:
         warm_low: int = 1,
         warm_high: int = 4,
         map_timeout_s: float = 30.0,
+        zero_holes: bool = False,
     ) -> None:
-        self.member: Member = ledger.attach(instance, name, layout.page_bytes)
+        pinned = layout.page_bytes + (layout.zero_bytes if zero_holes else 0)
+        self.member: Member = ledger.attach(instance, name, pinned)
         try:
             self.mapper = PageMapper(
-                ledger, self.member, backend, layout, map_timeout_s=map_timeout_s
+                ledger,
+                self.member,
+                backend,
+                layout,
+                map_timeout_s=map_timeout_s,
+                zero_holes=zero_holes,
             )
         except KvcachedError:
             self.member.close()
             raise
-        self.account: Account = ledger.join(instance, name, layout.page_bytes)
+        self.account: Account = ledger.join(instance, name, pinned)
         self._short = False
         self.pool = PagePool(
             Blocks(layout.num_blocks, layout.blocks_per_page),

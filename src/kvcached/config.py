@@ -41,8 +41,7 @@ _DEVICE = re.compile(
     r"host:[A-Za-z0-9][A-Za-z0-9._-]{0,62}|(GPU|MIG)-[0-9A-Fa-f-]+|(cuda:)?\d{1,3}"
 )
 
-# Read by the build, not by a running engine.
-_BUILD_VARIABLES = frozenset({"KVCACHED_BUILD_JOBS"})
+_BUILD_VARIABLES = frozenset({"KVCACHED_BUILD_JOBS"})  # not for a running engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +197,7 @@ class Config:
         "later engine that names another capacity is refused.")
     headroom: Share | None = _setting(
         "KVCACHED_HEADROOM", _share, None, "5% on a GPU, 0 on the host", _SHARE_ALLOWED,
-        "Memory of the device that leases leave alone, beside what others are measured to use: "
-        "room for them to grow.")
+        "Memory that leases leave alone beside what others already use: room for them to grow.")
     directory: Path = _setting(
         "KVCACHED_DIR", _directory, default_directory, "`/dev/shm/kvcached-<uid>`",
         "an absolute path",
@@ -233,8 +231,7 @@ class Config:
         "The size of a page in each rank; rounded up to what the device and the layout need.")
     warm_low: int = _setting(
         "KVCACHED_WARM_LOW", _integer(0, "a whole number of pages, 0 or more"), 1, "1",
-        "a whole number of pages, 0 or more",
-        "Pages that are kept mapped ahead of need.")
+        "a whole number of pages, 0 or more", "Pages that are kept mapped ahead of need.")
     warm_high: int = _setting(
         "KVCACHED_WARM_HIGH", _integer(0, "a whole number of pages, 0 or more"), 4, "4",
         "a whole number of pages, not below the low mark",
@@ -246,8 +243,11 @@ class Config:
         "The most tokens that free blocks keep for prefix hits.")
     unmapped: str = _setting(
         "KVCACHED_UNMAPPED", _choice("hole", "zero"), "hole", "hole", "hole or zero",
-        "What backs addresses without a page: nothing, or a shared page of zeros for engines "
-        "whose kernels read where they should not.")
+        "What backs addresses without a page: nothing, so that touching them is a fault, or one "
+        "shared page of zeros, for kernels that read where they should not (see architecture.md).")
+    layout: str = _setting(
+        "KVCACHED_LAYOUT", _choice("auto", "block", "layer"), "auto", "auto", "auto, block, layer",
+        "Whether a block's layers lie together or each apart; `auto` asks the attention backend.")
     map_timeout_s: float = _setting(
         "KVCACHED_MAP_TIMEOUT", _number(0, 3600, "seconds, from 0 to 3600"), 30.0, "30",
         "seconds, from 0 to 3600",

@@ -139,6 +139,13 @@ class BlockLayout:
         return sum(self._chunk_bytes(region) for region in self.regions)
 
     @property
+    def zero_bytes(self) -> int:
+        """Bytes of the zeros that back holes where an arena is told to have none: a page's bytes
+        in one region, once for each size.
+        """
+        return sum({self._chunk_bytes(region) for region in self.regions})
+
+    @property
     def size_bytes(self) -> int:
         """The reservation that holds all pages of all regions."""
         return max(

@@ -335,6 +335,12 @@ class Member:
         """
         return self.core.pin(size_bytes)
 
+    def describe(self, block_bytes: int, block_tokens: int, page_bytes: int) -> None:
+        """As ``Account.describe``: a worker knows its pages before there is an owner, who reads
+        them here.
+        """
+        self.core.describe(block_bytes, block_tokens, page_bytes)
+
     def set_aside(self, size_bytes: int) -> bool:
         """Keeps leases off so many bytes, which this process is about to allocate beside its
         pages (weights, activations); 0 when it has. Ends with the member.

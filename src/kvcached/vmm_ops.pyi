@@ -110,8 +110,14 @@ class Arena:
         pages: int,
         size: int,
         pool_bytes: int = 0,
+        zero_holes: bool = False,
     ) -> None:
         """``pool_bytes``: how much memory of unmapped pages is kept for reuse (with its contents).
+
+        ``zero_holes``: places without a page are backed by shared zeros, one handle for each size
+        of chunk; what is written there is read at all of them. Opening then maps every place, and
+        raises OutOfMemoryError or DriverError where the device refuses. While a page replaces the
+        zeros, or they the page, a GPU has nothing mapped there for a moment.
 
         Raises InvalidArgumentError for regions that overlap, do not fit, or are not multiples of
         the granularity.
@@ -139,16 +145,28 @@ class Arena:
     def retry_quarantine(self) -> int:
         """Try again to give back what is in quarantine; returns the bytes that went back."""
 
+    def uncover(self) -> int:
+        """Take the zeros out of the holes for good; returns the bytes that went back.
+
+        Nothing may read there any more. Raises DriverError where the driver keeps some.
+        """
+
     def is_mapped(self, page: int) -> bool: ...
     def mapped_pages(self) -> list[int]:
         """The mapped pages, ascending."""
 
     def mapped_bytes(self) -> int: ...
     def created_bytes(self) -> int:
-        """Bytes that occupy the device for this arena: mapped, pooled and in quarantine."""
+        """Bytes that occupy the device for this arena: mapped, pooled, in quarantine and zeros."""
 
     def pooled_bytes(self) -> int: ...
     def quarantined_bytes(self) -> int: ...
+    def zero_bytes(self) -> int:
+        """Bytes of the shared zeros that back holes; 0 where holes are holes."""
+
+    def bare_places(self) -> int:
+        """Places without a page that lack their zeros too, because the driver refused them."""
+
     def counters(self) -> dict[str, int]:
         """maps, unmaps, creates, releases (in handles) and failures (refusals of the driver)."""
 
@@ -342,6 +360,7 @@ class Member:
     @property
     def usable(self) -> bool: ...
     def pin(self, size_bytes: int, /) -> bool: ...
+    def describe(self, block_bytes: int, block_tokens: int, page_bytes: int, /) -> None: ...
     def set_aside(self, size_bytes: int, /) -> bool: ...
     def set_demand(self, size_bytes: int, /) -> None: ...
     def created(self, size_bytes: int, /) -> None: ...

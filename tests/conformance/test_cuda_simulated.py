@@ -53,7 +53,7 @@ def run_program(driver: Path, program: str, **environment: str) -> str:
 def test_whole_suite_passes(driver: Path) -> None:
     result = run(
         driver, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-rs",
-        *(str(HERE / f"test_{part}.py") for part in ("arena", "faults", "mapper")),
+        *(str(HERE / f"test_{part}.py") for part in ("arena", "faults", "mapper", "zero_holes")),
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
     assert "2 skipped" in result.stdout, result.stdout  # what only the host's kernel can tell

@@ -49,8 +49,8 @@ def preemptions(llm: Any) -> int:
 
 
 def ledger_facts() -> dict[str, int]:
-    """This engine's numbers (the only account's, where it has no name), and what the kernel says
-    about the memory behind them. Of an engine on several devices, the sums.
+    """This engine's numbers (the only scheduled account's, where it has no name), and what the
+    kernel says about the memory behind them. Of an engine on several devices, the sums.
     """
     from kvcached.config import Config
     from kvcached.demo.sampler import SessionWatch
@@ -66,7 +66,8 @@ def device_facts(directory: Path, device: str, name: str | None) -> dict[str, in
 
     with Ledger.open(directory, device, create=False, read_only=True) as ledger:
         snapshot = ledger.snapshot()
-        (account,) = (each for each in snapshot.accounts if name in (None, each.name))
+        scheduled = (each for each in snapshot.accounts if each.owner_pid is not None)
+        (account,) = (each for each in scheduled if name in (None, each.name))
         return {
             "charge": account.charge,
             "created": account.created,
@@ -115,6 +116,28 @@ def equality(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def several(job: dict[str, Any]) -> dict[str, Any]:
+    """The same of engines of different kinds, one after the other: an import serves them all."""
+    results = {}
+    if os.environ.get("ENABLE_KVCACHED"):
+        remember_arenas()
+    for kind, changes in job["engines"].items():
+        os.environ.update(changes.get("environment", {}))
+        own = {**job, **changes, "rounds": 1}
+        llm = build(own)
+        result: dict[str, Any] = {"outputs": generate(llm, own), "preemptions": preemptions(llm)}
+        if os.environ.get("ENABLE_KVCACHED"):
+            result["loaded"] = ledger_facts()
+            result["mapped"] = ARENAS[-1].counters()["maps"]
+        llm.llm_engine.engine_core.shutdown()
+        for name in changes.get("environment", {}):
+            del os.environ[name]
+        del llm
+        results[kind] = result
+        answer(job, results)
+    return results
+
+
 def no_maps(job: dict[str, Any]) -> dict[str, Any]:
     """Generates with the map commands suppressed; does not come back."""
     import ctypes
@@ -158,9 +181,12 @@ def answer(job: dict[str, Any], result: dict[str, Any]) -> None:
     target.with_suffix(".part").rename(target)
 
 
+TASKS = {"equality": equality, "several": several, "no_maps": no_maps, "fork": fork}
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    answer(job, {"equality": equality, "no_maps": no_maps, "fork": fork}[job["task"]](job))
+    answer(job, TASKS[job["task"]](job))
 
 
 if __name__ == "__main__":

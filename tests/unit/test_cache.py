@@ -32,7 +32,11 @@ class Device:
         self.ledger = Ledger.open(folder / "ledger", "host:cache", capacity_pages * self.page)
 
     def cache(
-        self, name: str, map_timeout_s: float = 0.0, warm: tuple[int, int] = (1, 4)
+        self,
+        name: str,
+        map_timeout_s: float = 0.0,
+        warm: tuple[int, int] = (1, 4),
+        zero_holes: bool = False,
     ) -> ElasticCache:
         return ElasticCache(
             self.ledger,
@@ -43,6 +47,7 @@ class Device:
             warm_low=warm[0],
             warm_high=warm[1],
             map_timeout_s=map_timeout_s,
+            zero_holes=zero_holes,
         )
 
     def physical_bytes(self) -> int:
@@ -279,3 +284,18 @@ def test_a_refusal_is_told_before_the_device_is_asked_again(device: Device) -> N
     assert told == [2 * device.page]
     assert mapper.arena.mapped_pages() == [0, 1]
     mapper.close()
+
+
+def test_zeros_under_holes_are_charged_and_go_back_at_the_end(tmp_path: Path) -> None:
+    device = Device(tmp_path, capacity_pages=4)
+    cache = device.cache("one", warm=(0, 0), zero_holes=True)
+    assert cache.account.charge() == 2 * device.page, "the pinned page and the zeros"
+    held = cache.alloc(2 * PER_PAGE)
+    assert held is not None
+    assert cache.alloc(PER_PAGE) is None, "the zeros count"
+    device.check(cache)
+    cache.free(held)
+    device.check(cache)
+    cache.close()
+    assert device.physical_bytes() == 0
+    assert device.ledger.snapshot().charge == 0

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kvcached.engines.vllm import tensors_0_24, tensors_0_32
 from kvcached.errors import EngineError
+from kvcached.layout import BlockId, BlockLayout
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Tensor24:
 class Tensor32:
     """``KVCacheTensor`` of vLLM 0.32."""
 
+    size: int
     layers: list[str]
     offset: int
     layer_stride: int
@@ -41,6 +43,7 @@ class Tensor32:
 class Config:
     num_blocks: int
     kv_cache_tensors: list[Any] = field(default_factory=list)
+    kv_cache_layout: str | None = None
 
 
 # Bytes of a block in each layer, the blocks, and how many groups share each tensor.
@@ -106,8 +109,6 @@ def test_0_24_every_byte_of_a_block_belongs_to_one_layer(
 
 
 def test_0_24_refuses_what_it_cannot_read() -> None:
-    with pytest.raises(EngineError, match="packed by vLLM itself"):
-        tensors_0_24.block_bytes(Config(4, [Tensor24(64, ["a"], offset=0, block_stride=16)]))
     with pytest.raises(EngineError, match="62 bytes does not hold 4 whole blocks"):
         tensors_0_24.block_outermost(Config(4, [Tensor24(62, ["a"])]))
 
@@ -115,7 +116,9 @@ def test_0_24_refuses_what_it_cannot_read() -> None:
 @given(st.integers(1, 12), st.integers(1, 64), st.integers(1, 9))
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_0_32_layers_of_a_block_lie_together(layers: int, size: int, blocks: int) -> None:
-    before = Config(blocks, [Tensor32([f"l{n}" for n in range(layers)], 0, size * blocks, size)])
+    whole = layers * size * blocks
+    names = [f"l{n}" for n in range(layers)]
+    before = Config(blocks, [Tensor32(whole, names, 0, size * blocks, size)])
     (tensor,) = tensors_0_32.block_outermost(before).kv_cache_tensors
     block_bytes = tensors_0_32.block_bytes(before)
     assert (block_bytes, tensor.block_stride) == (size * layers, block_bytes)
@@ -149,7 +152,6 @@ class Backend:
         ("TRITON_ATTN", (0, 1, 2, 3, 4), None),
         ("CPU_ATTN", None, None),
         ("FLASH_ATTN", (0, 1, 3, 2, 4), "HND"),
-        ("FLASHINFER", (0, 1, 2, 3, 4), "not tried"),
     ],
 )
 def test_0_24_asks_the_attention_backend(
@@ -157,3 +159,85 @@ def test_0_24_asks_the_attention_backend(
 ) -> None:
     refusal = tensors_0_24.refusal(Backend(name, order))
     assert refusal is None if why is None else why in str(refusal)
+
+
+# Bytes of a block in each layer, K and V apart or not, the blocks, and blocks in a page.
+RUNS = st.lists(st.tuples(st.integers(1, 16), st.sampled_from([1, 2])), min_size=1, max_size=8)
+
+
+@given(RUNS, st.integers(1, 40), st.integers(1, 8))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_layers_apart_lie_on_their_pages(
+    kinds: list[tuple[int, int]], blocks: int, per_page: int
+) -> None:
+    """Of 0.24: where its views of tensors that lie end to end have a block, the layout has it."""
+    sizes = [16 * units * planes for units, planes in kinds]
+    before = Config(blocks, [Tensor24(size * blocks, [f"l{n}"]) for n, size in enumerate(sizes)])
+    planes_of = {f"l{n}": planes for n, (_, planes) in enumerate(kinds)}
+    runs = tensors_0_24.runs(before, planes_of)
+    layout = BlockLayout.layer_outermost(blocks, runs, per_page, 16)
+    in_pages = layout.num_pages * per_page
+    after = tensors_0_24.layer_outermost(before, in_pages)
+    allocated = tensors_0_24.allocations(after)
+    assert sum(allocated) == layout.size_bytes
+    assert layout.page_bytes == per_page * sum(sizes) == per_page * tensors_0_24.block_bytes(before)
+    start, region = 0, 0
+    seen: set[int] = set()
+    for (_, planes), size, allocation in zip(kinds, sizes, allocated, strict=True):
+        part = size // planes
+        for plane in range(planes):
+            for block in range(blocks):
+                first = start + plane * in_pages * part + block * part
+                place = layout.byte_range(BlockId(block), region)
+                assert place == range(first, first + part)
+                page = layout.page_byte_range(layout.page_of(BlockId(block)), region)
+                assert page.start <= place.start and place.stop <= page.stop
+                assert not seen.intersection(place)
+                seen.update(place)
+            region += 1
+        start += allocation
+    assert region == len(layout.regions)
+
+
+@given(st.integers(1, 8), st.integers(1, 64), st.integers(1, 40), st.integers(1, 8))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_0_32_layers_apart_lie_on_their_pages(
+    layers: int, units: int, blocks: int, per_page: int
+) -> None:
+    """Two groups that overlay each other, the second with one layer less."""
+    size = 16 * units
+    whole = layers * size * blocks
+    names = [f"l{n}" for n in range(layers)]
+    groups = [names, [f"w{n}" for n in range(max(layers - 1, 1))]]
+    before = Config(blocks, [Tensor32(whole, group, 0, size * blocks, size) for group in groups])
+    runs = tensors_0_32.runs(before, {})
+    layout = BlockLayout.layer_outermost(blocks, runs, per_page, 16)
+    after = tensors_0_32.layer_outermost(before, layout.num_pages * per_page)
+    assert tensors_0_32.allocations(after) == [layout.size_bytes]
+    for tensor in after.kv_cache_tensors:
+        for layer in range(len(tensor.layers)):
+            for block in range(blocks):
+                first = tensor.offset + layer * tensor.layer_stride + block * tensor.block_stride
+                assert layout.byte_range(BlockId(block), layer) == range(first, first + size)
+
+
+def test_what_vllm_packs_itself_is_left_as_it_is() -> None:
+    packed = Config(4, [Tensor24(64, ["a"], 0, 16), Tensor24(64, ["b"], 8, 16)])
+    assert tensors_0_24.is_packed(packed)
+    assert tensors_0_24.block_bytes(packed) == 16
+    assert tensors_0_24.block_outermost(packed) == packed
+    assert tensors_0_24.allocations(packed) == [64]
+    other = Config(4, [Tensor32(64, ["a", "b"], 0, 8, 16)])
+    assert tensors_0_32.is_packed(other)
+    assert tensors_0_32.block_bytes(other) == 16
+    assert tensors_0_32.block_outermost(other) == other
+
+
+def test_layers_that_do_not_agree_are_refused() -> None:
+    shared = Config(4, [Tensor24(64, ["a", "b"])])
+    with pytest.raises(EngineError, match="lie in \\[1, 2\\] parts"):
+        tensors_0_24.runs(shared, {"a": 1, "b": 2})
+    scattered = Config(4, [Tensor32(64, ["a"], 0, 64, 16)])
+    scattered.kv_cache_layout = "LHBNC"
+    with pytest.raises(EngineError, match="layout LHBNC"):
+        tensors_0_32.is_packed(scattered)

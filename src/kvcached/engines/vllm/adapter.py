@@ -3,9 +3,10 @@
 An adapter is a module, named in the registry, that holds what differs between versions:
 
 - ``seams(config)``: what is replaced in vLLM's own code.
-- ``tensors``: a module with ``block_bytes(kv_cache_config)`` and
-  ``block_outermost(kv_cache_config)``, which read and rewrite where the KV cache's tensors lie, and
-  ``refusal(backend)``, which says whether an attention backend takes them so.
+- ``tensors``: a module that reads and rewrites where the KV cache's tensors lie: ``block_bytes``,
+  ``is_packed`` and ``runs`` of a ``KVCacheConfig``, the copies ``block_outermost`` and
+  ``layer_outermost``, and the ``allocations`` that vLLM makes for it. ``refusal`` and ``planes``
+  ask an attention backend what it takes, ``BACKENDS`` names those that were seen to be right.
 - ``PLATFORMS``: those of vLLM's platforms on which it was seen to work.
 """
 

@@ -20,6 +20,8 @@ from kvcached.units import ceil_div, format_size
 
 # vLLM answers the requests in flight with an error when its engine dies; it gets this long.
 FAREWELL_S = 0.15
+# Drafters of speculative decoding that were seen to give the same outputs with kvcached.
+DRAFTERS = ("ngram",)
 
 
 def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
@@ -28,7 +30,7 @@ def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
     The classes are those that vLLM resolved, subclassed: naming ours before it resolves them
     would bypass its own choices (asynchronous scheduling, fall-backs).
     """
-    _refuse_unsupported(vllm_config, config)
+    _refuse_unsupported(vllm_config)
     who = identity.assign(vllm_config, config)
     parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config
     parallel.worker_cls = classes.qualified_name("worker", parallel.worker_cls)
@@ -43,10 +45,10 @@ def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
         follow_engine(ledgers, who.instance)
 
 
-def _refuse_unsupported(vllm_config: Any, config: Config) -> None:
+def _refuse_unsupported(vllm_config: Any) -> None:
     from vllm.platforms import current_platform
 
-    parallel = vllm_config.parallel_config
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
     platform = current_platform.device_type
     executor = parallel.distributed_executor_backend
     for what, wrong in {
@@ -60,9 +62,9 @@ def _refuse_unsupported(vllm_config: Any, config: Config) -> None:
         "tensor parallelism over several machines": parallel.nnodes > 1,
         f"tensor parallelism with the executor {executor!r}": executor != "mp"
         and parallel.tensor_parallel_size > 1,
-        "speculative decoding": vllm_config.speculative_config,
+        "speculative decoding with other drafters than ngram": speculative is not None
+        and speculative.method not in DRAFTERS,
         "sleep mode": vllm_config.model_config.enable_sleep_mode,
-        "KVCACHED_UNMAPPED=zero": config.unmapped == "zero",
     }.items():
         if wrong:
             raise EngineError(f"kvcached does not support {what} yet. {OFF}")
@@ -116,7 +118,10 @@ def wrap_process_inputs(config: Config) -> Callable[[Any], Any]:
             if ranks not in ledgers:
                 ledgers[ranks] = device.open_ledgers(config, device.of(config, ranks))
             instance = identity.of(self.vllm_config).instance
-            check_fits(ledgers[ranks], instance, request.prompt_token_ids)
+            tokens = len(request.prompt_token_ids or ())
+            window = self.vllm_config.model_config.get_sliding_window()
+            kept = tokens if window is None else min(tokens, window)
+            check_fits(ledgers[ranks], instance, kept)
             return request
 
         return process_inputs
@@ -128,11 +133,10 @@ class RequestNeverFitsError(VLLMValidationError, RequestTooLargeError):  # type:
     """vLLM answers its own validation errors with HTTP 400, and all others with 500."""
 
 
-def check_fits(ledgers: Sequence[Ledger], instance: str, prompt: Sequence[int] | None) -> None:
-    """Raises RequestNeverFitsError if a prompt (token ids) can never fit the instance: on the
-    device that can give it least.
+def check_fits(ledgers: Sequence[Ledger], instance: str, tokens: int) -> None:
+    """Raises RequestNeverFitsError if a prompt, of which so many tokens must be kept, can never fit
+    the instance: on the device that can give it least.
     """
-    tokens = len(prompt or ())
     found = [ledger.snapshot().account(instance) for ledger in ledgers]
     accounts = [account for account in found if account is not None and account.block_bytes]
     if not accounts:

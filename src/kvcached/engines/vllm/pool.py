@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,11 +102,21 @@ class ElasticKVCacheManager(KVCacheManager):  # type: ignore[misc]
             + kwargs.get("num_lookahead_tokens", 0)
             + kwargs.get("num_external_computed_tokens", 0)
         )
-        if kwargs.get("full_sequence_must_fit", False):
-            tokens = max(tokens, request.num_tokens)
         tokens = min(tokens, self.max_model_len)
+        whole = request.num_tokens if kwargs.get("full_sequence_must_fit", False) else 0
+        whole = min(whole, self.max_model_len)
         needed = self.watermark_blocks + int(kwargs.get("reserved_blocks", 0))
         for manager in self.coordinator.single_type_managers:
             held = len(manager.req_to_blocks.get(request.request_id, ()))
-            needed += max(0, ceil_div(tokens, manager.block_size) - held)
+            in_all = min(ceil_div(whole, manager.block_size), _most_at_once(manager))
+            needed += max(0, max(ceil_div(tokens, manager.block_size), in_all) - held)
         return int(needed)
+
+
+def _most_at_once(manager: Any) -> float:
+    """Blocks that a request never holds more of at a time: what lies outside a window is freed."""
+    for name in ("max_admission_blocks_per_request", "_max_admission_blocks_per_request"):
+        most = getattr(manager, name, None)
+        if most is not None:
+            return int(most)
+    return math.inf

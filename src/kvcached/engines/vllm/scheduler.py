@@ -19,7 +19,7 @@ from kvcached.engines.vllm.pool import ElasticBlockPool, ElasticKVCacheManager
 from kvcached.errors import EngineError
 from kvcached.group import grouped
 from kvcached.pages import PagePool
-from kvcached.units import ceil_div, format_size
+from kvcached.units import format_size
 from kvcached.vmm_ops import Blocks
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ class ElasticScheduler:
         self.devices = devices.distinct
         self.ledgers = device.open_ledgers(config, devices)
         block_bytes = adapter.current().tensors.block_bytes(cache_config)
-        shape = geometry.of(cache_config, block_bytes, self.devices[0], config.page_bytes)
+        row = self.ledgers[0].snapshot().account(who.instance)
+        shape = geometry.described(cache_config, block_bytes, devices.ranks_each, row)
         # What a device is charged: each rank there maps the page, with its part of each block.
         page_bytes = shape.page_bytes * devices.ranks_each
         self._block_bytes = shape.block_bytes * devices.ranks_each
@@ -126,7 +127,7 @@ class ElasticScheduler:
 
     def add_request(self, request: Any) -> None:
         super().add_request(request)  # type: ignore[misc]
-        self._check_fits(request, ceil_div(request.num_tokens, self._shape.block_tokens))
+        self._check_fits(request, self._shape.least_blocks(request.num_tokens))
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         finished = super().finish_requests(*args, **kwargs)  # type: ignore[misc]
@@ -178,15 +179,16 @@ class ElasticScheduler:
             self._short = True
             self.pages.want(needed + self._blocks_waited_for())
         held = sum(
-            len(manager.req_to_blocks.get(request.request_id, ()))
+            not block.is_null  # outside a sliding window
             for manager in self.kv_cache_manager.coordinator.single_type_managers
+            for block in manager.req_to_blocks.get(request.request_id, ())
         )
         self._check_fits(request, needed + held)
 
     def _blocks_waited_for(self) -> int:
         """Blocks of the prompts that could run at once if there were memory for them."""
-        tokens = self._shape.block_tokens
-        return sum(ceil_div(r.num_tokens, tokens) for r in self._next_in_line())
+        least = self._shape.least_blocks
+        return sum(least(request.num_tokens) for request in self._next_in_line())
 
     def _next_in_line(self) -> Iterator[Any]:
         room = max(0, self.max_num_running_reqs - len(self.running))
@@ -200,7 +202,7 @@ class ElasticScheduler:
             return 0
         blocks, most = 0, self.max_num_scheduled_tokens // self._shape.block_tokens
         for request in self._next_in_line():
-            blocks += ceil_div(request.num_tokens, self._shape.block_tokens)
+            blocks += self._shape.least_blocks(request.num_tokens)
             if blocks >= most:
                 return most
         return blocks

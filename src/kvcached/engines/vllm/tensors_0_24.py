@@ -9,31 +9,55 @@ honour it for every model.
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from kvcached.errors import EngineError
 
 BACKENDS = frozenset({"CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"})
-"""Attention backends that were seen to give right outputs with these strides."""
+"""Attention backends that were seen to give right outputs with block-outermost strides."""
+
+_BLOCKS = 1_000_003  # a number that no other dimension has
 
 
 def refusal(backend: Any) -> str | None:
     """Why an attention backend cannot have its KV cache block-outermost; None where it can."""
-    if backend.get_name() not in BACKENDS:
-        return "not tried with kvcached yet"
     try:
         order = backend.get_kv_cache_stride_order()
     except (AttributeError, NotImplementedError):
         return None  # then the tensor's shape says how it lies
     # The views that vLLM makes of packed tensors leave the order of dimensions out of account.
     if tuple(order) != tuple(range(len(order))):
-        return "with a KV cache layout of its own, such as VLLM_KV_CACHE_LAYOUT=HND"
+        return "a KV cache layout of its own, such as VLLM_KV_CACHE_LAYOUT=HND"
     return None
+
+
+def planes(backend: Any, spec: Any, cache_dtype: str) -> int:
+    """The runs of blocks that one layer's tensor consists of where layers are outermost: two if K
+    and V lie apart.
+    """
+    shape = backend.get_kv_cache_shape(
+        _BLOCKS, spec.block_size, spec.num_kv_heads, spec.head_size, cache_dtype_str=cache_dtype
+    )
+    try:
+        order = backend.get_kv_cache_stride_order()
+    except (AttributeError, NotImplementedError):
+        order = range(len(shape))
+    physical = [shape[axis] for axis in order]
+    return math.prod(physical[: physical.index(_BLOCKS)])
+
+
+def is_packed(cache_config: Any) -> bool:
+    """Whether vLLM itself lays all layers of a block together."""
+    return any(tensor.block_stride for tensor in cache_config.kv_cache_tensors)
 
 
 def block_bytes(cache_config: Any) -> int:
     """Bytes of one block, all layers, K and V."""
+    if is_packed(cache_config):
+        return int(cache_config.kv_cache_tensors[0].block_stride)
     return sum(_parts(cache_config))
 
 
@@ -41,27 +65,71 @@ def block_outermost(cache_config: Any) -> Any:
     """A copy of the configuration whose tensors lie block-outermost: all layers of a block
     together, so that one page is one handle.
     """
+    if is_packed(cache_config):
+        return copy.copy(cache_config)
     parts = _parts(cache_config)
     stride = sum(parts)
-    packed = copy.copy(cache_config)
-    packed.kv_cache_tensors = [
-        replace(
-            tensor,
-            size=stride * cache_config.num_blocks,
-            offset=sum(parts[:index]),
-            block_stride=stride,
-        )
-        for index, tensor in enumerate(cache_config.kv_cache_tensors)
-    ]
-    return packed
+    return _with(
+        cache_config,
+        [
+            replace(
+                tensor,
+                size=stride * cache_config.num_blocks,
+                offset=sum(parts[:index]),
+                block_stride=stride,
+            )
+            for index, tensor in enumerate(cache_config.kv_cache_tensors)
+        ],
+    )
+
+
+def runs(cache_config: Any, planes_of: Mapping[str, int]) -> tuple[int, ...]:
+    """Bytes of one block in each run of blocks where layers are outermost, in the order of their
+    addresses. ``planes_of`` says how many runs a layer's tensor consists of.
+    """
+    found: list[int] = []
+    for tensor, part in zip(cache_config.kv_cache_tensors, _parts(cache_config), strict=True):
+        apart = {planes_of[name] for name in tensor.shared_by if name in planes_of}
+        if len(apart) != 1 or part % max(apart):
+            raise EngineError(
+                f"kvcached: layers {tensor.shared_by} share {part} bytes a block and lie in "
+                f"{sorted(apart)} parts: not supported"
+            )
+        (count,) = apart
+        found += [part // count] * count
+    return tuple(found)
+
+
+def layer_outermost(cache_config: Any, num_blocks: int) -> Any:
+    """A copy of the configuration whose tensors hold ``num_blocks`` blocks each: as many as whole
+    pages have. The model runners count the blocks of a tensor by its size.
+    """
+    parts = _parts(cache_config)
+    return _with(
+        cache_config,
+        [
+            replace(tensor, size=part * num_blocks)
+            for tensor, part in zip(cache_config.kv_cache_tensors, parts, strict=True)
+        ],
+    )
+
+
+def allocations(cache_config: Any) -> list[int]:
+    """The sizes in bytes of what the model runners allocate for it, in their order."""
+    sizes = [int(tensor.size) for tensor in cache_config.kv_cache_tensors]
+    return sizes[:1] if is_packed(cache_config) else sizes
+
+
+def _with(cache_config: Any, tensors: list[Any]) -> Any:
+    changed = copy.copy(cache_config)
+    changed.kv_cache_tensors = tensors
+    return changed
 
 
 def _parts(cache_config: Any) -> list[int]:
     """Bytes of one block in each tensor."""
     parts = []
     for tensor in cache_config.kv_cache_tensors:
-        if tensor.block_stride or tensor.offset:
-            raise EngineError("kvcached: this KV cache is packed by vLLM itself: not supported yet")
         if tensor.size % cache_config.num_blocks:
             raise EngineError(
                 f"kvcached: a KV cache tensor of {tensor.size} bytes does not hold "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,21 +22,23 @@ logger = logging.getLogger(__name__)
 
 
 class AnswerZeros(TorchFunctionMode):  # type: ignore[misc]
-    """Answers the one ``torch.zeros`` of the KV cache's size with the arena's tensor."""
+    """Answers each ``torch.zeros`` of the KV cache, of these sizes in this order, with the next
+    bytes of the arena's tensor.
+    """
 
-    def __init__(self, size_bytes: int, tensor: torch.Tensor) -> None:
+    def __init__(self, sizes_bytes: Sequence[int], tensor: torch.Tensor) -> None:
         super().__init__()
-        self.hits = 0
-        self._size_bytes = size_bytes
+        self.left = list(sizes_bytes)
         self._tensor = tensor
+        self._start = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.zeros and kwargs.get("dtype") == torch.int8:
             size = args[0] if len(args) == 1 else args or kwargs.get("size")
-            if size in (self._size_bytes, (self._size_bytes,)):
-                self.hits += 1
-                return self._tensor
+            if self.left and size in (self.left[0], (self.left[0],)):
+                start, self._start = self._start, self._start + self.left.pop(0)
+                return self._tensor[start : self._start]
         return func(*args, **kwargs)
 
 
@@ -89,24 +91,31 @@ class ElasticWorker:
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         config, who = Config.from_env(), identity.of(self.vllm_config)
         tensors = adapter.current().tensors
-        backends.check(self.vllm_config, tensors)
+        plan = backends.plan(self.vllm_config, kv_cache_config, tensors, config.layout)
+        shape = geometry.of(kv_cache_config, plan.runs, self._device, config.page_bytes)
         backend = self._device.open_backend(self.device.index or 0, self._ledger.lock_fd)
-        block_bytes = tensors.block_bytes(kv_cache_config)
-        shape = geometry.of(kv_cache_config, block_bytes, self._device, config.page_bytes)
+        layout, zero_holes = shape.layout(plan.runs, backend.granularity), config.unmapped == "zero"
+        pinned = layout.page_bytes + (layout.zero_bytes if zero_holes else 0)
+        ranks = self._ranks_here
+        member = self._ledger.attach(who.instance, who.name, pinned * ranks)
+        member.describe(shape.block_bytes * ranks, shape.block_tokens, shape.page_bytes * ranks)
         self.mapper = PageMapper(
             self._ledger,
-            self._ledger.attach(who.instance, who.name, shape.page_bytes * self._ranks_here),
+            member,
             backend,
-            shape.layout(backend.granularity),
+            layout,
             map_timeout_s=config.map_timeout_s,
+            zero_holes=zero_holes,
             on_refusal=self._measure,
         )
-        size = shape.num_blocks * shape.block_bytes
-        with AnswerZeros(size, int8_tensor(self.mapper.arena, 0, size)) as answer:
-            super().initialize_from_config(tensors.block_outermost(kv_cache_config))  # type: ignore[misc]
-        if answer.hits != 1:
+        placed = plan.apply(tensors, kv_cache_config, shape.paged_blocks)
+        sizes = tensors.allocations(placed)
+        with AnswerZeros(sizes, int8_tensor(self.mapper.arena, 0, sum(sizes))) as answer:
+            super().initialize_from_config(placed)  # type: ignore[misc]
+        if answer.left:
             raise EngineError(
-                f"kvcached: vLLM allocated its KV cache {answer.hits} times in the expected way"
+                f"kvcached: vLLM did not allocate its KV cache in the expected way: of {sizes} "
+                f"bytes, {answer.left} are missing"
             )
 
     def compile_or_warm_up_model(self) -> Any:
