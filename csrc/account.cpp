@@ -1,5 +1,7 @@
 #include "account.hpp"
 
+#include <chrono>
+
 namespace kvcached {
 
 using layout::member_byte;
@@ -17,6 +19,10 @@ void store_geometry(layout::Geometry& geometry, int64_t block_bytes, int64_t blo
   geometry.block_bytes.store(block_bytes);  // last: readers wait for it
 }
 
+int64_t now_us() {
+  auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::microseconds>(now).count();
+}
 }  // namespace
 
 Status AccountHandle::join(std::shared_ptr<Segment> segment, const std::string& instance,
@@ -47,7 +53,7 @@ Grant AccountHandle::try_lease(int64_t size_bytes) {
     return Grant::kContended;
   }
   add(row().scheduler.leased, size_bytes);
-  add(row().counters.granted, 1);
+  note_granted(size_bytes);
   segment_->changed();
   return Grant::kGranted;
 }
@@ -71,9 +77,32 @@ Grant AccountHandle::lease(int64_t size_bytes) {
     return Grant::kRefused;
   }
   add(row().scheduler.leased, size_bytes);
-  add(row().counters.granted, 1);
+  note_granted(size_bytes);
   segment_->changed();
   return Grant::kGranted;
+}
+
+void AccountHandle::note_granted(int64_t size_bytes) {
+  add(row().counters.granted, 1);
+  if (waits_since_us_.load(std::memory_order_relaxed) == 0) return;
+  if (size_bytes >= waits_for_.load(std::memory_order_relaxed)) {
+    end_wait();
+  } else {
+    got_some_.store(true, std::memory_order_relaxed);
+  }
+}
+
+void AccountHandle::end_wait() {
+  int64_t since = waits_since_us_.exchange(0, std::memory_order_relaxed);
+  if (since == 0) return;
+  int64_t waited = std::max<int64_t>(0, now_us() - since);
+  layout::Waits& waits = row().waits;
+  size_t bucket = 0;
+  while (bucket + 1 < layout::kWaitBuckets && waited >> (bucket + 8) != 0) ++bucket;
+  add(waits.buckets[bucket], 1);
+  add(waits.total_us, waited);
+  if (waited > charges::load(waits.longest_us)) waits.longest_us.store(waited);
+  add(waits.count, 1);
 }
 
 bool AccountHandle::give_back(int64_t size_bytes) {
@@ -161,6 +190,15 @@ StandingsView AccountHandle::standings() const {
 
 void AccountHandle::set_demand(int64_t size_bytes) {
   if (!usable()) return;
+  if (size_bytes > 0 && waits_since_us_.load(std::memory_order_relaxed) == 0) {
+    waits_for_.store(size_bytes, std::memory_order_relaxed);
+    got_some_.store(false, std::memory_order_relaxed);
+    waits_since_us_.store(now_us(), std::memory_order_relaxed);
+  } else if (size_bytes == 0) {
+    // Smaller leases served it, or nothing did: it was given up, or blocks came free at home.
+    if (got_some_.exchange(false, std::memory_order_relaxed)) end_wait();
+    waits_since_us_.store(0, std::memory_order_relaxed);
+  }
   int64_t before = row().scheduler.demand.exchange(size_bytes);
   if (size_bytes == before) return;
   segment_->changed();
@@ -200,6 +238,27 @@ void MemberHandle::describe(int64_t block_bytes, int64_t block_tokens, int64_t p
 
 void AccountHandle::count_reclaimed(int64_t size_bytes) {
   if (usable()) add(row().counters.reclaimed, size_bytes);
+}
+
+void AccountHandle::publish_cache(int64_t hits, int64_t misses, int64_t evictions,
+                                  int64_t by_pressure) {
+  if (!usable()) return;
+  layout::Counters& counters = row().counters;
+  counters.hits.store(hits, std::memory_order_relaxed);
+  counters.misses.store(misses, std::memory_order_relaxed);
+  counters.evictions.store(evictions, std::memory_order_relaxed);
+  counters.evictions_by_pressure.store(by_pressure, std::memory_order_relaxed);
+}
+
+int64_t AccountHandle::asked() const {
+  return usable() ? charges::asked(row()) : 0;
+}
+
+void AccountHandle::answer(int64_t size_bytes) {
+  if (!usable() || size_bytes == 0) return;
+  add(row().scheduler.answered, size_bytes);
+  segment_->changed();
+  segment_->ring(Bell::kFreed);  // who asked looks again
 }
 
 void AccountHandle::close() {
@@ -277,8 +336,14 @@ Grant MemberHandle::set_aside(int64_t size_bytes) {
   if (!usable()) return Grant::kUnusable;
   if (!guard) return Grant::kBusy;
   if (!segment_->check_usable(true)) return Grant::kUnusable;
-  int64_t before = member().set_aside.exchange(size_bytes);
+  int64_t before = charges::load(member().set_aside);
   bool had = size_bytes <= before && charges::load(member().demand) == 0;
+  if (!had) {
+    // On top of what is there and of what others, who have theirs, have not taken yet.
+    int64_t theirs = charges::set_aside(segment_->shared(), &member(), true);
+    member().beside.store(charges::load(segment_->header().outside.foreign) + theirs);
+  }
+  member().set_aside.store(size_bytes);
   int64_t room = charges::room_beside(segment_->shared(), index_, member_);
   if (!had && size_bytes > room && segment_->reap_locked() != 0) {
     room = charges::room_beside(segment_->shared(), index_, member_);

@@ -65,17 +65,27 @@ class AccountHandle {
   void set_ready(bool ready);
   void describe(int64_t block_bytes, int64_t block_tokens, int64_t page_bytes);
   void count_reclaimed(int64_t size_bytes);
+  // Blocks since the account was joined; see layout::Counters.
+  void publish_cache(int64_t hits, int64_t misses, int64_t evictions, int64_t by_pressure);
+  int64_t asked() const;            // bytes that operators asked it to give back
+  void answer(int64_t size_bytes);  // so many of them are dealt with
   void close();
   bool usable() const { return !closed_.load(std::memory_order_relaxed) && segment_->usable(); }
   Segment& segment() const { return *segment_; }
 
  private:
   layout::Account& row() const { return segment_->account(index_); }
-  Grant refused();
+  void note_granted(int64_t size_bytes);
+  void end_wait();
 
   std::shared_ptr<Segment> segment_;
   uint32_t index_;
   std::atomic<bool> closed_{false};
+  // The wait for memory that is under way: since when (0: none), for a lease of how many bytes, and
+  // whether a smaller one was granted meanwhile.
+  std::atomic<int64_t> waits_since_us_{0};
+  std::atomic<int64_t> waits_for_{0};
+  std::atomic<bool> got_some_{false};
   // leasable() of the last asked version. Version 0 never exists: it marks a copy being changed.
   mutable std::atomic<int64_t> cached_version_{0};
   mutable std::atomic<int64_t> cached_leasable_{0};

@@ -91,14 +91,27 @@ inline int64_t left_by_others(const Header& header) {
   return lendable(header) - load(header.outside.foreign);
 }
 
-// Bytes that processes will allocate beside their pages: leases leave them alone.
-inline int64_t set_aside(const Shared& shared) {
+// What of the memory that a member has set aside is not taken yet. What is taken is foreign memory
+// and is measured as such: by so much as that has grown since, less is still to come. So nothing is
+// counted twice at any moment, whoever measures when.
+inline int64_t to_come(const Header& header, const Member& member) {
+  int64_t size = load(member.set_aside);
+  int64_t left = load(member.beside) + size - load(header.outside.foreign);
+  return std::clamp<int64_t>(left, 0, std::max<int64_t>(0, size));
+}
+
+// Bytes that will be allocated beside pages: leases leave them alone. `except` is one member that
+// does not count; with `granted`, neither do those that still wait for some of theirs.
+inline int64_t set_aside(const Shared& shared, const Member* except = nullptr,
+                         bool granted = false) {
   int64_t result = 0;
   for (uint32_t i = 0, n = account_rows(shared.header); i < n; ++i) {
     const Account& account = shared.accounts[i];
     if (!used(account.name.state)) continue;
     for (uint32_t j = 0, m = member_rows(account); j < m; ++j) {
-      result += load(account.members[j].set_aside);
+      const Member& member = account.members[j];
+      if (&member == except || (granted && load(member.demand) > 0)) continue;
+      result += to_come(shared.header, member);
     }
   }
   return result;
@@ -164,13 +177,19 @@ inline Room room(const Shared& shared, uint32_t index) {
   return {std::max<int64_t>(0, leasable), rest.charge + mine};
 }
 
-// Whether the account may have to give something back: others wait for memory, it is above its
-// limit, or what all hold and are sure of no longer fits.
+// Bytes that operators asked the account for, and that its owner has not answered.
+inline int64_t asked(const Account& account) {
+  int64_t answered = load(account.scheduler.answered);  // first: the difference errs upwards
+  return std::max<int64_t>(0, load(account.settings.asked) - answered);
+}
+
+// Whether the account may have to give something back: others wait for memory, an operator asked
+// it to, it is above its limit, or what all hold and are sure of no longer fits.
 inline bool pressed(const Shared& shared, uint32_t index) {
   const Account& account = shared.accounts[index];
   Others rest = others(shared, index);
   int64_t mine = charge(account);
-  return rest.demand > 0 || mine > limit(account) ||
+  return rest.demand > 0 || mine > limit(account) || asked(account) > 0 ||
          rest.claim + std::max(mine, floor(account)) > lent(shared);
 }
 
@@ -193,7 +212,7 @@ inline int64_t room_beside(const Shared& shared, uint32_t index, uint32_t member
       if (i == index && j == member) continue;
       const Member& other = account.members[j];
       bool first = i < index || (i == index && j < member);
-      if (first || load(other.demand) == 0) room -= load(other.set_aside);
+      if (first || load(other.demand) == 0) room -= to_come(shared.header, other);
     }
   }
   return room;

@@ -149,6 +149,21 @@ Status Segment::set_weight(const std::string& key, double weight) {
   return Status::ok();
 }
 
+Status Segment::ask_back(const std::string& key, int64_t size_bytes) {
+  if (Status status = check_usable(true); !status) return status;
+  SegmentGuard guard(lock_);
+  if (!guard) return busy();
+  uint32_t index = 0;
+  if (Status status = find(key, &index); !status) return status;
+  if (!charges::used(account(index).scheduler.claimed)) {
+    return {Code::kInvalidArgument, key + ": no scheduler that could give memory back"};
+  }
+  account(index).settings.asked.fetch_add(size_bytes);
+  changed();
+  ring(Bell::kPressure);
+  return Status::ok();
+}
+
 Status Segment::set_capacity(int64_t capacity_bytes, int64_t headroom_bytes) {
   if (Status status = check_usable(true); !status) return status;
   SegmentGuard guard(lock_);

@@ -36,6 +36,9 @@ struct AccountView {
   double weight;
   int64_t leased, created, charge, in_use, cached, warm, demand;
   int64_t granted, refused, reclaimed, lock_timeouts;
+  int64_t asked, hits, misses, evictions, evictions_by_pressure;
+  int64_t waits, waited_us, longest_wait_us;
+  std::vector<int64_t> wait_buckets;
   int64_t block_bytes, block_tokens, page_bytes, ceiling;
   std::vector<MemberView> members;
 };
@@ -75,6 +78,8 @@ class Segment {
   // `key` is an instance, or a name that only one account has.
   Status configure(const std::string& key, Setting setting, int64_t size_bytes);
   Status set_weight(const std::string& key, double weight);
+  // Asks the account's owner to give back so much of what it does not use.
+  Status ask_back(const std::string& key, int64_t size_bytes);
   // Says how many bytes of the device are in use and are nobody's pages.
   Status set_foreign(int64_t size_bytes);
   // -1 leaves a number as it is.

@@ -13,7 +13,7 @@
 namespace kvcached::layout {
 
 constexpr char kMagic[8] = {'K', 'V', 'C', 'L', 'E', 'D', 'G', 'R'};
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3;
 constexpr uint32_t kMaxAccounts = 64;
 constexpr uint32_t kMaxMembers = 16;
 constexpr uint32_t kMaxSlots = 1024;
@@ -21,6 +21,7 @@ constexpr size_t kDeviceSize = 96;
 constexpr size_t kInstanceSize = 48;
 constexpr size_t kNameSize = 64;
 constexpr size_t kLine = 64;
+constexpr size_t kWaitBuckets = 13;
 constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 
 using U32 = std::atomic<uint32_t>;
@@ -95,7 +96,8 @@ struct alignas(kLine) Member {
   I64 created;    // by the member
   I64 released;   // by the member; by its reaper once it is dead
   I64 demand;     // by the member: what it still wants, leased or not
-  I64 set_aside;  // by the member, under the lock: what it will allocate beside its pages
+  I64 set_aside;  // by the member, under the lock: what will be allocated beside pages
+  I64 beside;     // by the member, under the lock: the foreign memory on top of which that comes
 };
 
 // Written under the lock, `state` last when a row appears and first when it goes.
@@ -112,6 +114,7 @@ struct alignas(kLine) AccountSettings {
   I64 guarantee;
   I64 limit;
   std::atomic<double> weight;
+  I64 asked;  // only grows: bytes that operators asked the account to give back
 };
 
 // Written by the account's owner. `leased` grows under the lock (also by a member that pins) and
@@ -126,7 +129,8 @@ struct alignas(kLine) Scheduler {
   I64 warm;
   I64 demand;
   U32 ready;
-  U32 working;  // 1 while requests run: what is cached is part of what it works with
+  U32 working;   // 1 while requests run: what is cached is part of what it works with
+  I64 answered;  // how far it has followed `asked`
 };
 
 // Written by the account's owner.
@@ -135,6 +139,21 @@ struct alignas(kLine) Counters {
   I64 refused;
   I64 reclaimed;
   I64 lock_timeouts;
+  // In blocks: answered from the cache, to be computed, lost from it for the account's own use,
+  // lost from it because others wanted the memory.
+  I64 hits;
+  I64 misses;
+  I64 evictions;
+  I64 evictions_by_pressure;
+};
+
+// Written by the account's owner: leases that had to wait, and how long. Bucket i counts those
+// below 2^(i + 8) microseconds that no lower bucket counts, the last one all others.
+struct alignas(kLine) Waits {
+  I64 count;
+  I64 total_us;
+  I64 longest_us;
+  I64 buckets[kWaitBuckets];
 };
 
 // Written by the account's owner, once: what its blocks are, so that others can say what fits.
@@ -149,6 +168,7 @@ struct Account {
   AccountSettings settings;
   Scheduler scheduler;
   Counters counters;
+  Waits waits;
   Geometry geometry;
   Member members[kMaxMembers];
 };
@@ -168,10 +188,11 @@ static_assert(offsetof(Header, outside) == 576 && sizeof(Header) == 640);
 static_assert(sizeof(Member) == kLine && offsetof(Member, created) == 8);
 static_assert(sizeof(AccountName) == 2 * kLine && offsetof(AccountName, instance) == 16);
 static_assert(sizeof(AccountSettings) == kLine && sizeof(Counters) == kLine);
-static_assert(sizeof(Geometry) == kLine && offsetof(Account, geometry) == 320);
+static_assert(sizeof(Waits) == 2 * kLine && offsetof(Account, waits) == 320);
+static_assert(sizeof(Geometry) == kLine && offsetof(Account, geometry) == 448);
 static_assert(sizeof(Scheduler) == kLine && offsetof(Scheduler, leased) == 8);
-static_assert(offsetof(Account, scheduler) == 192 && offsetof(Account, members) == 384);
-static_assert(sizeof(Account) == 1408 && sizeof(Shared) == 640 + 64 * 1408);
+static_assert(offsetof(Account, scheduler) == 192 && offsetof(Account, members) == 512);
+static_assert(sizeof(Account) == 1536 && sizeof(Shared) == 640 + 64 * 1536);
 
 // Locks of the file's bytes tell who lives. They lie far beyond the contents: a byte for each
 // account's owner, for each member, and a slot for each open handle that may take the lock.

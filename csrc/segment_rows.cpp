@@ -44,19 +44,24 @@ Status Segment::find_or_create(const std::string& instance, const std::string& n
   row.settings.guarantee = 0;
   row.settings.limit = layout::kNoLimit;
   row.settings.weight = 1.0;
+  row.settings.asked = row.scheduler.answered = 0;
   row.scheduler.claimed = 0;
   row.scheduler.leased = 0;
-  for (layout::I64* counter : {&row.counters.granted, &row.counters.refused,
-                               &row.counters.reclaimed, &row.counters.lock_timeouts}) {
+  layout::Counters& counters = row.counters;
+  for (layout::I64* counter :
+       {&counters.granted, &counters.refused, &counters.reclaimed, &counters.lock_timeouts,
+        &counters.hits, &counters.misses, &counters.evictions, &counters.evictions_by_pressure,
+        &row.waits.count, &row.waits.total_us, &row.waits.longest_us}) {
     *counter = 0;
   }
+  for (layout::I64& bucket : row.waits.buckets) bucket = 0;
   row.geometry.block_bytes = row.geometry.block_tokens = row.geometry.page_bytes = 0;
   for (Member& member : row.members) {
     member.state = 0;
     member.created = 0;
     member.released = 0;
     member.demand = 0;
-    member.set_aside = 0;
+    member.set_aside = member.beside = 0;
   }
   if (free >= rows) header().statistics.account_rows = free + 1;
   row.name.state = 1;
@@ -108,6 +113,7 @@ Status Segment::claim_owner(uint32_t index) {
   }
   row.in_use = row.cached = row.warm = row.demand = 0;
   row.ready = row.working = 0;
+  row.answered = charges::load(account(index).settings.asked);
   row.pid = static_cast<uint32_t>(getpid());
   // What members created before there was an owner is leased from now on, so the charge stays.
   row.leased = charges::sums(account(index)).created;

@@ -37,6 +37,17 @@ AccountView Segment::view_account(uint32_t index) const {
   view.refused = charges::load(row.counters.refused);
   view.reclaimed = charges::load(row.counters.reclaimed);
   view.lock_timeouts = charges::load(row.counters.lock_timeouts);
+  view.asked = charges::used(row.scheduler.claimed) ? charges::asked(row) : 0;
+  view.hits = charges::load(row.counters.hits);
+  view.misses = charges::load(row.counters.misses);
+  view.evictions = charges::load(row.counters.evictions);
+  view.evictions_by_pressure = charges::load(row.counters.evictions_by_pressure);
+  view.waits = charges::load(row.waits.count);
+  view.waited_us = charges::load(row.waits.total_us);
+  view.longest_wait_us = charges::load(row.waits.longest_us);
+  for (const layout::I64& bucket : row.waits.buckets) {
+    view.wait_buckets.push_back(charges::load(bucket));
+  }
   view.block_bytes = charges::load(row.geometry.block_bytes);
   view.block_tokens = charges::load(row.geometry.block_tokens);
   view.page_bytes = charges::load(row.geometry.page_bytes);
@@ -47,7 +58,7 @@ AccountView Segment::view_account(uint32_t index) const {
     int64_t demand = charges::load(member.demand);
     view.demand += demand;
     view.members.push_back({i, member.pid.load(), false, charges::held(member), demand,
-                            charges::load(member.set_aside)});
+                            charges::to_come(header(), member)});
   }
   return view;
 }

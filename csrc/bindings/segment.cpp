@@ -88,6 +88,15 @@ py::dict account_dict(const AccountView& view) {
   out["refused"] = view.refused;
   out["reclaimed"] = view.reclaimed;
   out["lock_timeouts"] = view.lock_timeouts;
+  out["asked"] = view.asked;
+  out["hits"] = view.hits;
+  out["misses"] = view.misses;
+  out["evictions"] = view.evictions;
+  out["evictions_by_pressure"] = view.evictions_by_pressure;
+  out["waits"] = view.waits;
+  out["waited_us"] = view.waited_us;
+  out["longest_wait_us"] = view.longest_wait_us;
+  out["wait_buckets"] = py::tuple(py::cast(view.wait_buckets));
   out["block_bytes"] = view.block_bytes;
   out["block_tokens"] = view.block_tokens;
   out["page_bytes"] = view.page_bytes;
@@ -208,6 +217,11 @@ void bind_core(py::module_& module) {
            [](Segment& segment, const std::string& key, double weight) {
              run([&] { return segment.set_weight(key, weight); });
            })
+      .def("ask_back",
+           [](Segment& segment, const std::string& key, int64_t size_bytes) {
+             checked(size_bytes);
+             run([&] { return segment.ask_back(key, size_bytes); });
+           })
       .def("set_capacity",
            [](Segment& segment, std::optional<int64_t> capacity, std::optional<int64_t> headroom) {
              int64_t total = capacity ? checked(*capacity) : -1;
@@ -258,6 +272,9 @@ void bind_account(py::module_& module) {
       .def("set_ready", &AccountHandle::set_ready)
       .def("describe", &AccountHandle::describe)
       .def("count_reclaimed", &AccountHandle::count_reclaimed)
+      .def("publish_cache", &AccountHandle::publish_cache)
+      .def("asked", &AccountHandle::asked)
+      .def("answer", [](AccountHandle& account, int64_t size) { account.answer(checked(size)); })
       .def_property_readonly("usable", &AccountHandle::usable)
       .def("close", &AccountHandle::close, NoGil());
 }

@@ -37,6 +37,13 @@ def refresh(ledger: Ledger, memory: Memory) -> None:
     ledger.set_foreign(measure(ledger, memory))
 
 
+def inside(ledger: Ledger, memory: Memory, size_bytes: int) -> int:
+    """What of so many bytes, which are about to be allocated beside pages, does not fit on the
+    device beside the ledger's capacity.
+    """
+    return max(0, size_bytes + min(0, overlap(ledger, memory)))
+
+
 def overlap(ledger: Ledger, memory: Memory) -> int:
     """How far foreign memory reaches into the ledger's capacity, at one look; negative where so
     much more fits beside it.

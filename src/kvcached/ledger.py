@@ -26,8 +26,11 @@ from types import TracebackType
 
 from kvcached import vmm_ops
 from kvcached.errors import LedgerError
+from kvcached.member import Member
 from kvcached.policy import Standing, Target, fixed_weight, target
 from kvcached.snapshot import LedgerSnapshot, ledger_snapshot
+
+__all__ = ["Account", "Ledger", "Member"]
 
 
 class Ledger:
@@ -142,6 +145,15 @@ class Ledger:
     def set_weight(self, key: str, weight: float) -> None:
         """Sets an account's weight in the fair share, 1 to begin with. Raises as ``set_limit``."""
         self.core.set_weight(key, weight)
+
+    def ask_back(self, key: str, size_bytes: int) -> None:
+        """Asks an account for so much of what it does not use: warm pages, then cached blocks, also
+        below its guarantee. Its scheduler gives what it has and says so (``Account.answer``).
+
+        Raises InvalidArgumentError if there is no such account or nobody schedules for it;
+        LedgerBusyError.
+        """
+        self.core.ask_back(key, size_bytes)
 
     def set_capacity(
         self, capacity_bytes: int | None = None, headroom_bytes: int | None = None
@@ -283,6 +295,20 @@ class Account:
         """Counts bytes that were given back under pressure."""
         self.core.count_reclaimed(size_bytes)
 
+    def publish_cache(self, hits: int, misses: int, evictions: int, by_pressure: int) -> None:
+        """Says, in blocks so far, what the prefix cache answered, what had to be computed, and
+        what it lost: for the account's own use, and because others wanted the memory.
+        """
+        self.core.publish_cache(hits, misses, evictions, by_pressure)
+
+    def asked(self) -> int:
+        """Bytes that operators asked the account to give back, and that are not answered yet."""
+        return self.core.asked()
+
+    def answer(self, size_bytes: int) -> None:
+        """Says that so much of what was asked for is dealt with: given, or not there."""
+        self.core.answer(size_bytes)
+
     @property
     def pressure_seq(self) -> int:
         """Changes whenever a demand could not be met, and with the settings."""
@@ -309,84 +335,6 @@ class Account:
         self.core.close()
 
     def __enter__(self) -> Account:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class Member:
-    """A process that maps memory for an instance: it says what exists and what is gone."""
-
-    def __init__(self, core: vmm_ops.Member, segment: vmm_ops.Segment) -> None:
-        self.core = core
-        self._segment = segment
-
-    def pin(self, size_bytes: int) -> bool:
-        """Charges and books bytes that this process creates right after, without a lease.
-
-        For what is mapped before the scheduler exists. False as ``Account.lease``; until it is
-        granted, the refused bytes count as demand. Raises LedgerError if the handle is closed.
-        """
-        return self.core.pin(size_bytes)
-
-    def describe(self, block_bytes: int, block_tokens: int, page_bytes: int) -> None:
-        """As ``Account.describe``: a worker knows its pages before there is an owner, who reads
-        them here.
-        """
-        self.core.describe(block_bytes, block_tokens, page_bytes)
-
-    def set_aside(self, size_bytes: int) -> bool:
-        """Keeps leases off so many bytes, which this process is about to allocate beside its
-        pages (weights, activations); 0 when it has. Ends with the member.
-
-        The bytes are kept from now on in any case, so that they gather. False: others hold some
-        of them still; the rest is this member's demand. Ask again until it is True.
-        Raises LedgerError if the handle is closed.
-        """
-        return self.core.set_aside(size_bytes)
-
-    def set_demand(self, size_bytes: int) -> None:
-        """Says how many leased bytes the device refuses; 0 when it gave them.
-
-        A growing demand raises the pressure: others give back, so that the device can give.
-        """
-        self.core.set_demand(size_bytes)
-
-    def created(self, size_bytes: int) -> None:
-        """Books bytes that exist now, under a lease of the owner."""
-        self.core.created(size_bytes)
-
-    def released(self, size_bytes: int) -> None:
-        """Books bytes that are gone, which ends their lease. Call it after they are.
-
-        Raises InvalidArgumentError if this member does not hold so much.
-        """
-        self.core.released(size_bytes)
-
-    def held(self) -> int:
-        """Bytes booked for this member."""
-        return self.core.held()
-
-    @property
-    def lock_fd(self) -> int:
-        """The descriptor whose lock says that this process lives; -1 once closed.
-
-        Descriptors of memory must be numbered above it: a dying process lets go of the highest
-        first, so the lock falls only when that memory is gone.
-        """
-        return self._segment.lock_fd
-
-    def close(self) -> None:
-        """Leaves the account. Release the memory first: what is booked counts as gone."""
-        self.core.close()
-
-    def __enter__(self) -> Member:
         return self
 
     def __exit__(

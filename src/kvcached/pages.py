@@ -35,6 +35,9 @@ class Lender(Rival, Protocol):
     def set_demand(self, size_bytes: int) -> None: ...
     def publish(self, in_use: int, cached: int, warm: int, working: bool = False) -> None: ...
     def count_reclaimed(self, size_bytes: int) -> None: ...
+    def publish_cache(self, hits: int, misses: int, evictions: int, by_pressure: int) -> None: ...
+    def asked(self) -> int: ...
+    def answer(self, size_bytes: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +238,8 @@ class PagePool:
 
     def relieve(self) -> int:
         """Gives back what fair shares ask for (``kvcached.policy``): warm pages, then whole unused
-        pages of cached blocks, longest unused first. Returns the bytes given back.
+        pages of cached blocks, longest unused first; before that, what an operator has asked for
+        (``Ledger.ask_back``). Returns the bytes given back.
 
         Call it before each step and whenever the pressure rises. What is in use is not taken:
         the pool is ``closed`` until enough of it has come free.
@@ -243,15 +247,24 @@ class PagePool:
         if not self._fair.pressed():
             self._owe(0)
             return 0
+        given = self._answer()
         self.publish()
         plan = self._fair.news()
         if plan is None:
-            return 0
+            return given * self.page_bytes
         self._owe(plan.owed)
-        given = self.give_up(ceil_div(plan.give, self.page_bytes))
-        if given:
+        if more := self.give_up(ceil_div(plan.give, self.page_bytes)):
             self.publish()  # the others need not give the same once more
-        return given * self.page_bytes
+        return (given + more) * self.page_bytes
+
+    def _answer(self) -> int:
+        """Gives what an operator has asked for, as far as it is unused; returns the pages."""
+        if (asked := self._account.asked()) == 0:
+            return 0
+        given = self.give_up(ceil_div(asked, self.page_bytes))
+        self.publish()  # before the answer: who asked then looks at the numbers
+        self._account.answer(asked)
+        return given
 
     @property
     def closed(self) -> bool:
@@ -329,6 +342,9 @@ class PagePool:
         busy = blocks.present_pages - idle - empty
         self._working = self._works()
         self._account.publish(busy * size, idle * size, empty * size, self._working)
+        self._account.publish_cache(
+            blocks.hits, blocks.misses, blocks.evictions, self.counters.evicted_blocks
+        )
 
     def _works(self) -> bool:
         was_busy, self._busy = self._busy, self.blocks.used_blocks > 1

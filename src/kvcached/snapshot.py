@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+WAIT_BOUNDS_US = tuple(1 << (bucket + 8) for bucket in range(12))
+"""The upper bounds of ``AccountSnapshot.wait_buckets``, from 256 us to half a second."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemberSnapshot:
@@ -20,7 +23,9 @@ class MemberSnapshot:
     demand: int
     """Bytes that it waits for before the instance has a scheduler; 0 when it does not wait."""
     set_aside: int
-    """Bytes that it will allocate beside its pages while it starts."""
+    """Bytes that are kept from leases for what will be allocated beside pages, and that are not
+    taken yet: by an engine that starts, or by a program for which a hold was made.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,25 @@ class AccountSnapshot:
     """Bytes given back under pressure so far."""
     lock_timeouts: int
     """Leases that failed because a live process held the ledger's lock."""
+    asked: int
+    """Bytes that operators asked it to give back, and that it has not answered yet."""
+    hits: int
+    """Blocks that the prefix cache answered, of those that no running request held."""
+    misses: int
+    """Blocks that were handed out to be computed."""
+    evictions: int
+    """Cached blocks lost to that, or to a bound of the cache."""
+    evictions_by_pressure: int
+    """Cached blocks lost because others wanted their memory, or an operator did."""
+    waits: int
+    """Leases that had to wait for memory, from the demand to the lease."""
+    waited_us: int
+    """How long they waited, all together, in microseconds."""
+    longest_wait_us: int
+    wait_buckets: tuple[int, ...]
+    """How many waits were shorter than ``WAIT_BOUNDS_US[i]`` and no shorter than the bound before;
+    the last number counts all that were longer.
+    """
     block_bytes: int
     """One block, all layers, K and V; 0 until the engine has said it."""
     block_tokens: int
@@ -72,6 +96,11 @@ class AccountSnapshot:
         """Every process of the instance that the ledger knows, without repetition."""
         owner = () if self.owner_pid is None else (self.owner_pid,)
         return tuple(dict.fromkeys((*owner, *(member.pid for member in self.members))))
+
+    @property
+    def kept(self) -> int:
+        """Bytes that its members keep from leases for what will be allocated beside pages."""
+        return sum(member.set_aside for member in self.members)
 
     @property
     def alive(self) -> bool:
@@ -91,7 +120,7 @@ class LedgerSnapshot:
     foreign: int
     """Bytes in use on the device that are nobody's pages, as last measured; 0 on the host."""
     set_aside: int
-    """Bytes that starting engines will allocate beside their pages."""
+    """Bytes that starting engines and holds will still take beside pages."""
     high_water: int
     """The most that was ever charged to all accounts together."""
     reaps: int

@@ -12,11 +12,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from kvcached.cli import bench_sharing
 from kvcached.units import format_size, parse_size
 
 app = typer.Typer(
     help="What kvcached costs and who gets what, measured here.", no_args_is_help=True
 )
+
+bench_sharing.register(app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout; progress to stderr.")]
 

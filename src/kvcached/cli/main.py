@@ -8,14 +8,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 import kvcached
 from kvcached.cli import bench
-from kvcached.cli.accounts import LedgerFigures, LedgerReader
-from kvcached.config import Config
-from kvcached.errors import ConfigError, KvcachedError
-from kvcached.units import format_size, parse_size
+from kvcached.cli.edge import run
+from kvcached.units import parse_size
 
 app = typer.Typer(
     help="kvcached: several LLM engines share one device's KV-cache memory.",
@@ -102,11 +99,11 @@ def demo(
 @app.command(name="list")
 def list_accounts(
     device: Annotated[
-        str, typer.Option(help="The device, such as host:default; KVCACHED_DEVICE if not given.")
+        str, typer.Option(help="One device, such as host:default; all shared ones if not given.")
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """The engines that share a device, and what each of them holds.
+    """The engines that share a device, and what each of them holds (as ``kvctl list``).
 
     Examples:
 
@@ -114,48 +111,14 @@ def list_accounts(
 
       kvcached list --device host:demo --json
     """
-    from dataclasses import asdict
+    from kvcached.cli.listing import show
 
-    config = Config.from_env()
-    chosen = (device,) if device else tuple(dict.fromkeys(config.devices)) or ("host:default",)
-    figures = [LedgerReader(config.directory, name).read() for name in chosen]
-    if as_json:
-        found = [asdict(each) for each in figures]
-        typer.echo(json.dumps(found[0] if len(found) == 1 else found, indent=2))
-        return
-    for name, each in zip(chosen, figures, strict=True):
-        Console().print(_table(name, each))
-
-
-def _table(device: str, figures: LedgerFigures) -> Table:
-    """A row for each engine that shares the device."""
-    table = Table(title=f"{device}: {format_size(figures.capacity)}", title_justify="left")
-    table.add_column("instance")
-    for heading in ("charge", "created", "in use", "cached", "warm", "demand"):
-        table.add_column(heading, justify="right")
-    for account in figures.accounts:
-        sizes = (
-            account.charge,
-            account.created,
-            account.in_use,
-            account.cached,
-            account.warm,
-            account.demand,
-        )
-        table.add_row(account.name, *(format_size(size) for size in sizes))
-    return table
+    show(device or None, as_json)
 
 
 def main() -> None:
-    """The process's edge: our own errors become one line and an exit code."""
-    try:
-        app()
-    except ConfigError as error:
-        typer.echo(f"kvcached: {error}", err=True)
-        raise SystemExit(2) from None
-    except KvcachedError as error:
-        typer.echo(f"kvcached: {error}", err=True)
-        raise SystemExit(1) from None
+    """The process's edge."""
+    run(app, "kvcached")
 
 
 if __name__ == "__main__":

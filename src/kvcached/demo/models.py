@@ -50,7 +50,7 @@ def make_models(folder: Path) -> tuple[Model, Model]:
     smollm2, random_llama = folder / "smollm2-135m", folder / "random-llama"
     _once(smollm2, lambda target: _convert_smollm2(folder, target))
     _once(random_llama, lambda target: _make_random_llama(smollm2, target))
-    return _describe("smollm2-135m", smollm2), _describe("random-llama", random_llama)
+    return describe("smollm2-135m", smollm2), describe("random-llama", random_llama)
 
 
 def _once(target: Path, make: Any) -> None:
@@ -65,7 +65,8 @@ def _once(target: Path, make: Any) -> None:
     draft.rename(target)
 
 
-def _describe(name: str, path: Path) -> Model:
+def describe(name: str, path: Path) -> Model:
+    """A model folder under a name, with what its configuration says."""
     config = json.loads((path / "config.json").read_text())
     heads = config["num_attention_heads"]
     return Model(

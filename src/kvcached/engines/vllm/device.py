@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvcached import nvml
+from kvcached import devices, nvml
 from kvcached.config import Config, default_capacity
 from kvcached.errors import EngineError, LedgerError
 from kvcached.foreign import Memory
@@ -23,11 +23,6 @@ from kvcached.units import MIB, format_size
 from kvcached.vmm_ops import Backend, cuda_backend, host_backend
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_HOST_DEVICE = "host:default"
-# On a GPU others grow too: activations, graphs, libraries that load their kernels late. So much of
-# it stays free, in what the ledger governs or beside it.
-GPU_HEADROOM_PERCENT = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +84,7 @@ class GpuDevice(Device):
         return self.gpu.memory()[1], "all of the GPU's memory"
 
     def default_headroom(self, capacity: int) -> int:
-        _, total = self.gpu.memory()
-        return max(0, total * GPU_HEADROOM_PERCENT // 100 - max(0, total - capacity))
+        return devices.gpu_headroom(capacity, self.gpu.memory()[1])
 
     @property
     def memory(self) -> Memory | None:
@@ -152,7 +146,7 @@ def _of_rank(rank: int, chosen: str | None) -> Device:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        return _host(chosen or DEFAULT_HOST_DEVICE)
+        return _host(chosen or devices.DEFAULT_HOST_DEVICE)
     if chosen is not None and chosen.startswith("host:"):
         raise EngineError(f"kvcached: KVCACHED_DEVICE={chosen}, but this engine runs on a GPU")
     return _gpu(current_platform.get_device_uuid(rank), chosen)

@@ -74,7 +74,8 @@ def _follow_pressure(
         # Also without a call for it: what others use on the device may have grown.
         if fair.pressed():
             plan = fair.news()
-            if (plan is not None and plan.give > 0) or pages.rested():
+            gives = plan is not None and plan.give > 0
+            if gives or pages.rested() or account.asked() > 0:
                 wake()
         seen = now
 

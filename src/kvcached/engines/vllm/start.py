@@ -52,9 +52,7 @@ class GpuStart:
         """
         self.measure()
         said = 0.0
-        while not self._member.set_aside(
-            max(self._least, min(self._inside(size_bytes), self._most()))
-        ):
+        while not self._member.set_aside(self._wanted(size_bytes)):
             now = time.monotonic()
             if now - said > _SAY_AGAIN_S:
                 said = now
@@ -96,9 +94,10 @@ class GpuStart:
             while not _has_room(ledger, self._instance):
                 time.sleep(_ASK_AGAIN_S)
 
-    def _inside(self, size_bytes: int) -> int:
-        """What of it does not fit on the device beside the ledger's capacity."""
-        return max(0, size_bytes + min(0, foreign.overlap(self._ledger, self._memory)))
+    def _wanted(self, size_bytes: int) -> int:
+        """What of it lies in the ledger's capacity, as far as it can be had at all."""
+        inside = foreign.inside(self._ledger, self._memory, size_bytes)
+        return max(self._least, min(inside, self._most()))
 
     def _most(self) -> int:
         """What could be had if everybody else kept only what is theirs: more is never there, and

@@ -1,0 +1,266 @@
+"""``kvcached bench reclaim``: how soon an engine gets memory that a neighbour only caches.
+
+Real vLLM engines share one device. The first fills all of it with cached prefixes, comes to rest or
+keeps working, and then one of the others gets a request that needs more than is free. Two times are
+taken: from the demand to the lease, by the engine itself (``AccountSnapshot.waits``), and the time
+to the first token, beside that of the same request on an empty device in the same round.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvcached.demo.load import Result, Target, play
+from kvcached.demo.models import Model, describe, make_models
+from kvcached.demo.servers import EngineProcess, EngineSpec, running
+from kvcached.demo.trace import Request
+from kvcached.errors import KvcachedError
+from kvcached.ledger import Ledger
+from kvcached.snapshot import AccountSnapshot
+
+BLOCK_TOKENS = 32
+PROMPT_TOKENS = 1900
+MAX_MODEL_TOKENS = 2048
+BURST_TOKENS = 8
+"""Tokens that the measured request generates: enough to see that it goes on."""
+FULL = 0.95
+"""Of the device, held by the first engine before each measured request."""
+REST_S = 0.7
+"""Longer than an engine counts as working after its last request."""
+BUSY_CLIENTS = 1
+BUSY_PROMPT_TOKENS = 64
+BUSY_TOKENS = 512
+
+
+class ReclaimBenchError(KvcachedError):
+    """A request failed, or the memory did not come as planned: the figures would mean nothing."""
+
+
+@dataclass(slots=True)
+class Figures:
+    """What was seen in all rounds of one kind."""
+
+    waits_ms: list[float] = field(default_factory=list)
+    ttft_ms: list[float] = field(default_factory=list)
+    alone_ms: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Percentiles; of the first tokens, also the median of each round's ratio."""
+        ratios = [a / b for a, b in zip(self.ttft_ms, self.alone_ms, strict=True)]
+        return {
+            "rounds": len(self.waits_ms),
+            "demand_to_lease_ms": spread(self.waits_ms),
+            "ttft_ms": spread(self.ttft_ms),
+            "ttft_alone_ms": spread(self.alone_ms),
+            "ttft_ratio": round(statistics.median(ratios), 3),
+            **({"neighbour_step_ms": spread(self.step_ms)} if self.step_ms else {}),
+        }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, 99th percentile (the largest of fewer than a hundred) and maximum."""
+    ordered = sorted(values)
+    at = min(len(ordered) - 1, math.ceil(len(ordered) * 0.99) - 1)
+    return {
+        "p50": round(statistics.median(ordered), 2),
+        "p99": round(ordered[at], 2),
+        "max": round(ordered[-1], 2),
+    }
+
+
+def run(
+    out: Path,
+    *,
+    instances: int = 2,
+    rounds: int = 50,
+    budget_bytes: int = 0,
+    model: Path | None = None,
+    seed: int = 1,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Starts the engines and plays ``rounds`` rounds with the neighbour at rest and as many with
+    it at work. ``model`` is a folder; the demo's small one is made if it is None. A budget of 0 is
+    room for eight requests. Blocks; needs vLLM. Raises KvcachedError.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = describe(model.name, model) if model else make_models(out.parent / "models")[1]
+    budget = budget_bytes or 8 * PROMPT_TOKENS * chosen.token_bytes
+    specs = _specs(out, chosen, instances, budget)
+    with running(specs, say) as engines:
+        environment = specs[0].environment
+        place = Path(environment["KVCACHED_DIR"]), environment["KVCACHED_DEVICE"]
+        with Ledger.open(*place, create=False, read_only=True) as ledger:
+            bench = Bench(engines, ledger, chosen, random.Random(seed))
+            for other in engines[1:]:
+                bench.alone(other)  # what is made at the first use must not count
+            idle, busy = Figures(), Figures()
+            for number in range(rounds):
+                bench.round_idle(engines[1 + number % (instances - 1)], idle)
+            say(f"neighbour at rest: {idle.summary()}")
+            for number in range(rounds):
+                bench.round_busy(engines[1 + number % (instances - 1)], busy)
+            say(f"neighbour at work: {busy.summary()}")
+            high_water = ledger.snapshot().high_water
+    return {
+        "instances": instances,
+        "model": chosen.name,
+        "budget_bytes": budget,
+        "high_water_bytes": high_water,
+        "cpus": os.cpu_count(),
+        "seed": seed,
+        "idle": idle.summary(),
+        "busy": busy.summary(),
+    }
+
+
+def _specs(out: Path, model: Model, instances: int, budget: int) -> list[EngineSpec]:
+    environment = {
+        "ENABLE_KVCACHED": "true",
+        "KVCACHED_DEVICE": f"host:reclaim-{os.getpid()}",
+        "KVCACHED_CAPACITY": str(budget),
+        "KVCACHED_VIRTUAL": str(4 * budget),
+        "KVCACHED_DIR": str((out / "ledger").resolve()),
+    }
+    arguments = ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_TOKENS)]
+    arguments += ["--max-model-len", str(MAX_MODEL_TOKENS), "--max-num-seqs", "64"]
+    return [
+        EngineSpec(
+            name, model, tuple(arguments), {**environment, "KVCACHED_NAME": name},
+            out / f"reclaim-{name}.log",
+        )
+        for name in "abcdefgh"[:instances]
+    ]  # fmt: skip
+
+
+class Bench:
+    """The engines and their ledger; the first engine is the neighbour that caches."""
+
+    def __init__(
+        self, engines: Sequence[EngineProcess], ledger: Ledger, model: Model, dice: random.Random
+    ) -> None:
+        self._engines = engines
+        self._ledger = ledger
+        self._dice = dice
+        self._vocab = model.vocab
+        self._targets = {e.name: Target(e.url, e.spec.model.name) for e in engines}
+        self._ids = 0
+
+    def alone(self, engine: EngineProcess) -> float:
+        """The time to the first token, in ms, of the measured request on an empty device."""
+        for each in self._engines:
+            each.reset_prefix_cache()
+        self._wait(lambda: self._charge() <= 2 * self._pages() * len(self._engines), "empty")
+        time.sleep(REST_S)
+        return self._ask(engine)
+
+    def round_idle(self, engine: EngineProcess, figures: Figures) -> None:
+        """One request to ``engine`` while the neighbour rests on a device full of its cache."""
+        alone_ms = self.alone(engine)
+        engine.reset_prefix_cache()
+        self._fill()
+        time.sleep(REST_S)
+        wait_ms, ttft_ms = self._measure(engine)
+        figures.alone_ms.append(alone_ms)
+        figures.waits_ms.append(wait_ms)
+        figures.ttft_ms.append(ttft_ms)
+
+    def round_busy(self, engine: EngineProcess, figures: Figures) -> None:
+        """The same while requests run at the neighbour, which works before both measurements:
+        the machine has to be shared in both.
+        """
+        for each in self._engines:
+            each.reset_prefix_cache()
+        with self._busy():
+            alone_ms = self._ask(engine)
+        engine.reset_prefix_cache()
+        self._fill()
+        with self._busy() as results:
+            wait_ms, ttft_ms = self._measure(engine)
+        figures.alone_ms.append(alone_ms)
+        figures.waits_ms.append(wait_ms)
+        figures.ttft_ms.append(ttft_ms)
+        figures.step_ms += [tpot for r in results if (tpot := r.tpot_ms) is not None]
+
+    def _measure(self, engine: EngineProcess) -> tuple[float, float]:
+        """From the demand to the lease, and to the first token, in ms."""
+        before = self._account(engine.name)
+        ttft_ms = self._ask(engine)
+        after = self._account(engine.name)
+        if after.waits == before.waits:
+            raise ReclaimBenchError(f"engine {engine.name} did not have to wait for memory")
+        waited_us = after.waited_us - before.waited_us
+        return waited_us / (after.waits - before.waits) / 1e3, ttft_ms
+
+    def _fill(self) -> None:
+        """Requests of different prompts to the first engine, until its cache is all there is."""
+        first = self._engines[0].name
+        for _ in range(64):
+            held = self._account(first)
+            free = self._ledger.snapshot().free
+            if held.charge > FULL * self._ledger.capacity or free < 2 * held.page_bytes:
+                return
+            self._send(first, PROMPT_TOKENS, 1)
+        raise ReclaimBenchError(f"engine {first} does not fill the device: {held}")
+
+    @contextmanager
+    def _busy(self) -> Iterator[list[Result]]:
+        """Clients that keep the first engine at work; their results once the block has ended."""
+        first, results, over = self._engines[0].name, list[Result](), threading.Event()
+
+        def client() -> None:
+            while not over.is_set():
+                results.append(self._send(first, BUSY_PROMPT_TOKENS, BUSY_TOKENS))
+
+        threads = [threading.Thread(target=client) for _ in range(BUSY_CLIENTS)]
+        for thread in threads:
+            thread.start()
+        self._wait(lambda: self._account(first).in_use > self._pages(), "the neighbour works")
+        time.sleep(0.2)
+        yield results
+        over.set()
+        for thread in threads:
+            thread.join()
+
+    def _ask(self, engine: EngineProcess) -> float:
+        ttft_ms = self._send(engine.name, PROMPT_TOKENS, BURST_TOKENS).ttft_ms
+        assert ttft_ms is not None
+        return ttft_ms
+
+    def _send(self, name: str, tokens: int, max_tokens: int) -> Result:
+        self._ids += 1
+        prompt = tuple(self._dice.randrange(5, self._vocab) for _ in range(tokens))
+        request = Request(self._ids, "reclaim", name, 0.0, prompt, max_tokens)
+        (result,) = play([request], self._targets)
+        if not result.ok:
+            raise ReclaimBenchError(f"a request of engine {name} failed: {result.error}")
+        return result
+
+    def _account(self, name: str) -> AccountSnapshot:
+        account = self._ledger.snapshot().account(name)
+        if account is None:
+            raise ReclaimBenchError(f"engine {name} has no account")
+        return account
+
+    def _charge(self) -> int:
+        return self._ledger.snapshot().charge
+
+    def _pages(self) -> int:
+        return self._account(self._engines[0].name).page_bytes
+
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        end_s = time.monotonic() + 10
+        while not condition():
+            if time.monotonic() > end_s:
+                raise ReclaimBenchError(f"not within 10 s: {what}")
+            time.sleep(0.005)
