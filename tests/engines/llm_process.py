@@ -74,6 +74,10 @@ def device_facts(directory: Path, device: str, name: str | None) -> dict[str, in
             "cached": account.cached,
             "page": account.page_bytes,
             "pinned": account.pinned,
+            "hits": account.hits,
+            "misses": account.misses,
+            "evictions": account.evictions,
+            "block_tokens": account.block_tokens,
             "high_water": snapshot.high_water,
             "capacity": snapshot.capacity,
         }

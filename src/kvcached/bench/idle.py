@@ -49,7 +49,7 @@ def run(watchers: int, seconds: float, gpu: bool) -> dict[str, Any]:
     """Measures ``watchers`` threads for ``seconds``, quiet and rung. With ``gpu`` each of them
     also measures foreign memory every second, as on a GPU. Needs vLLM.
     """
-    from kvcached.engines.vllm.idle import _follow_pressure
+    from kvcached.engines.vllm.idle import follow_pressure
 
     capacity = (watchers + 2) * PAGE_BYTES
     with tempfile.TemporaryDirectory(prefix="kvcached-idle-") as folder:
@@ -66,7 +66,7 @@ def run(watchers: int, seconds: float, gpu: bool) -> dict[str, Any]:
             scheduler = _Scheduler(account, ledger, _Device(memory), _Pages())
             threads.append(
                 threading.Thread(
-                    target=_follow_pressure, args=(scheduler, lambda: wakes.append(0.0))
+                    target=follow_pressure, args=(scheduler, lambda: wakes.append(0.0))
                 )
             )
             threads[-1].start()

@@ -38,7 +38,8 @@ FULL = 0.95
 REST_S = 0.7
 """Longer than an engine counts as working after its last request."""
 BUSY_CLIENTS = 1
-BUSY_PROMPT_TOKENS = 64
+BUSY_PROMPT_TOKENS = 1100
+"""More than a page: what is in use shows that the neighbour works."""
 BUSY_TOKENS = 512
 
 
@@ -225,12 +226,14 @@ class Bench:
         threads = [threading.Thread(target=client) for _ in range(BUSY_CLIENTS)]
         for thread in threads:
             thread.start()
-        self._wait(lambda: self._account(first).in_use > self._pages(), "the neighbour works")
-        time.sleep(0.2)
-        yield results
-        over.set()
-        for thread in threads:
-            thread.join()
+        try:
+            self._wait(lambda: self._account(first).in_use > self._pages(), "the neighbour works")
+            time.sleep(0.2)
+            yield results
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
 
     def _ask(self, engine: EngineProcess) -> float:
         ttft_ms = self._send(engine.name, PROMPT_TOKENS, BURST_TOKENS).ttft_ms

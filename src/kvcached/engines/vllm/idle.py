@@ -45,7 +45,7 @@ def attach(engine: Any) -> None:
     scheduler.account.set_ready()
     for one_device in zip(scheduler.accounts, scheduler.ledgers, scheduler.devices, strict=True):
         threading.Thread(
-            target=_follow_pressure,
+            target=follow_pressure,
             args=(scheduler.pages, wake, *one_device),
             name="kvcached-pressure",
             daemon=True,
@@ -59,7 +59,7 @@ def _worker_pids(engine: Any, scheduler: ElasticScheduler) -> list[int]:
     return [member.pid for member in members if member.pid != os.getpid()]
 
 
-def _follow_pressure(
+def follow_pressure(
     pages: PagePool, wake: Any, account: Account, ledger: Ledger, device: Device
 ) -> None:
     """Wakes the engine when one of its devices asks for memory; a thread sleeps on each."""

@@ -1,0 +1,69 @@
+"""The reports of the benchmarks of sharing; engines and machines are played."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from kvcached.bench import reclaim
+from kvcached.bench.reclaim import Figures, spread
+from kvcached.cli.main import app
+from kvcached.demo.models import Model
+
+FIGURES = Figures(
+    waits_ms=[1.0, 2.0, 9.0], ttft_ms=[110.0, 210.0, 90.0], alone_ms=[100.0, 200.0, 100.0]
+)
+
+
+def test_a_spread_names_the_largest_of_few() -> None:
+    assert spread([3.0, 1.0, 2.0]) == {"p50": 2.0, "p99": 3.0, "max": 3.0}
+    assert spread([float(i) for i in range(1, 201)]) == {"p50": 100.5, "p99": 198.0, "max": 200.0}
+
+
+def test_first_tokens_are_compared_within_their_round() -> None:
+    found = FIGURES.summary()
+    assert found["ttft_ratio"] == 1.05 and found["rounds"] == 3
+    assert "neighbour_step_ms" not in found
+    FIGURES.step_ms.append(5.0)
+    assert FIGURES.summary()["neighbour_step_ms"]["max"] == 5.0
+    FIGURES.step_ms.clear()
+
+
+def test_engines_share_one_device(tmp_path: Path) -> None:
+    model = Model("tiny", tmp_path, 4, 2, 64, 1000)
+    specs = reclaim._specs(tmp_path, model, 4, 1 << 20)
+    assert [spec.name for spec in specs] == ["a", "b", "c", "d"]
+    assert len({spec.environment["KVCACHED_DEVICE"] for spec in specs}) == 1
+    assert [spec.environment["KVCACHED_NAME"] for spec in specs] == ["a", "b", "c", "d"]
+
+
+def test_the_command_prints_a_table_or_json(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def played(out: Path, **options: Any) -> dict[str, Any]:
+        asked.update(options)
+        figures = FIGURES.summary()
+        return {"instances": options["instances"], "idle": figures, "busy": figures}
+
+    monkeypatch.setattr(reclaim, "run", played)
+    arguments = [
+        "bench",
+        "reclaim",
+        "--instances",
+        "4",
+        "--budget",
+        "64MiB",
+        "--out",
+        str(tmp_path),
+    ]
+    table = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"})
+    assert table.exit_code == 0 and "2.0 / 9.0 / 9.0" in table.output and "1.050" in table.output
+    assert (asked["instances"], asked["budget_bytes"], asked["model"]) == (4, 64 << 20, None)
+    answer = CliRunner().invoke(app, [*arguments, "--json"])
+    assert json.loads(answer.stdout)["idle"]["rounds"] == 3
