@@ -96,6 +96,7 @@ class PagePool:
         self.blocks = blocks
         self.page_bytes = page_bytes
         self.counters = PageCounters()
+        self.refused_bytes = 0  # of the last lease that was refused while blocks were missing
         self._account = account
         self._warm_low = warm_low
         self._warm_high = warm_high
@@ -133,7 +134,8 @@ class PagePool:
             return True
         if pages <= self._absent():
             self.counters.refused += 1
-            self._account.set_demand(max(1, pages - len(self._to_unmap)) * self.page_bytes)
+            self.refused_bytes = max(1, pages - len(self._to_unmap)) * self.page_bytes
+            self._account.set_demand(self.refused_bytes)
         return False
 
     def want(self, count: int) -> None:

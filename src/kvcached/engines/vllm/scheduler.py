@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,6 +89,8 @@ class ElasticScheduler:
         self._name = who.name
         self._shape = shape
         self._short = False
+        self._waits = False  # the last step could only wait for memory
+        self._freed = 0  # the ledger's sequence before it
         self._in_flight = 0  # steps with tokens whose output has not come yet
         self._hopeless: set[str] = set()  # ids of requests that can never fit
         logger.info(
@@ -104,7 +107,9 @@ class ElasticScheduler:
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self.pages.relieve()
-        freed = self.account.freed_seq
+        if self._waits:
+            self._await_memory()
+        self._freed = self.account.freed_seq
         self._short = False
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if not self._short:
@@ -113,9 +118,19 @@ class ElasticScheduler:
         commands = self.pages.take_commands()
         output.kvcached_commands = commands
         self._in_flight += output.total_num_scheduled_tokens > 0
-        if self._short and commands is None and self._can_only_wait(output):
-            self.account.wait_freed(freed, WAIT_S)
+        self._waits = self._short and commands is None and self._can_only_wait(output)
         return output
+
+    def _await_memory(self) -> None:
+        """Sleeps, after a step that could do nothing, until memory has come back and is enough for
+        the lease that was refused. It comes in pieces, and an attempt for each would cost a step.
+        """
+        seen, end_s = self._freed, time.monotonic() + WAIT_S
+        while (left_s := end_s - time.monotonic()) > 0:
+            now = self.account.wait_freed(seen, left_s)
+            if now != seen and self.account.leasable() >= self.pages.refused_bytes:
+                return
+            seen = now
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
@@ -127,10 +142,12 @@ class ElasticScheduler:
 
     def add_request(self, request: Any) -> None:
         super().add_request(request)  # type: ignore[misc]
+        self._waits = False
         self._check_fits(request, self._shape.least_blocks(request.num_tokens))
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         finished = super().finish_requests(*args, **kwargs)  # type: ignore[misc]
+        self._waits = False
         # Also the way in for pressure from others: an empty abort wakes an idle engine to here.
         self.pages.relieve()
         self._settle()
@@ -177,7 +194,9 @@ class ElasticScheduler:
     def _note_shortage(self, request: Any, needed: int) -> None:
         if not self._short:
             self._short = True
-            self.pages.want(needed + self._blocks_waited_for())
+            queued = self._blocks_waited_for()  # with this request, unless it runs already
+            running = request.status == RequestStatus.RUNNING
+            self.pages.want(needed + queued if running else max(needed, queued))
         held = sum(
             not block.is_null  # outside a sliding window
             for manager in self.kv_cache_manager.coordinator.single_type_managers
