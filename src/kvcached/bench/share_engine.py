@@ -75,6 +75,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._events: list[tuple[float, int, int, Request]] = []  # when, order, its run, whose
+        self._ahead: set[int] = set()  # pages that were mapped before any use
         self._order = 0
         self.short = False  # whether blocks were refused in this step
         self.refused_bytes = 0  # what it would have held with them
@@ -194,8 +195,9 @@ class Engine:
             return
         if commands.unmap:
             self._member.released(len(commands.unmap) * PAGE_BYTES)
-        if commands.map:
-            self._member.created(len(commands.map) * PAGE_BYTES)
+        # A page that was mapped ahead is named again when it is needed, or given up unused.
+        self._member.created(len({*commands.map, *commands.ahead} - self._ahead) * PAGE_BYTES)
+        self._ahead = (self._ahead | {*commands.ahead}) - {*commands.map, *commands.unmap}
 
     def below_guarantee(self, guarantee_bytes: int) -> bool:
         """Whether blocks were refused in the last step although they lie within the guarantee."""
