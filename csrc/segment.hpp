@@ -24,7 +24,7 @@ struct MemberView {
   uint32_t row;
   uint32_t pid;
   bool alive;
-  int64_t created, demand, set_aside;
+  int64_t created, demand, set_aside, to_come;
 };
 
 struct AccountView {

@@ -58,7 +58,7 @@ AccountView Segment::view_account(uint32_t index) const {
     int64_t demand = charges::load(member.demand);
     view.demand += demand;
     view.members.push_back({i, member.pid.load(), false, charges::held(member), demand,
-                            charges::to_come(header(), member)});
+                            charges::load(member.set_aside), charges::to_come(header(), member)});
   }
   return view;
 }

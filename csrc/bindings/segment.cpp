@@ -61,6 +61,7 @@ py::dict member_dict(const MemberView& view) {
   out["created"] = view.created;
   out["demand"] = view.demand;
   out["set_aside"] = view.set_aside;
+  out["to_come"] = view.to_come;
   return out;
 }
 

@@ -44,13 +44,17 @@ def find(config: Config, named: str | None = None) -> str:
     """The device that is meant: ``named``, or else ``KVCACHED_DEVICE``, or else the only one that
     engines share, or else the machine's first GPU, or else the host's default.
 
-    Raises ConfigError where several are shared and none is named, UnavailableError where the named
-    GPU is not there.
+    Raises ConfigError where several are meant or shared and none is named, UnavailableError where
+    the named GPU is not there.
     """
-    if chosen := named or config.device:
-        index = chosen.removeprefix("cuda:")
-        return nvml.uuid_of(int(index)) if index.isdecimal() else chosen
-    if len(devices := shared(config.directory)) > 1:
+    if named:
+        index = named.removeprefix("cuda:")
+        return nvml.uuid_of(int(index)) if index.isdecimal() else named
+    if config.devices:
+        devices = sorted({find(config, name) for name in config.devices})
+    else:
+        devices = shared(config.directory)
+    if len(devices) > 1:
         raise ConfigError(
             f"engines share several devices here: expected one of {', '.join(devices)} by name "
             "(--device, device= or KVCACHED_DEVICE)"

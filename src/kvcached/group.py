@@ -145,6 +145,20 @@ class AccountGroup:
         for account in self.accounts:
             account.count_reclaimed(size_bytes)
 
+    def publish_cache(self, hits: int, misses: int, evictions: int, by_pressure: int) -> None:
+        """Says what the prefix cache did; see ``Account.publish_cache``."""
+        for account in self.accounts:
+            account.publish_cache(hits, misses, evictions, by_pressure)
+
+    def asked(self) -> int:
+        """The most bytes that operators asked it to give back on one of its devices."""
+        return max(account.asked() for account in self.accounts)
+
+    def answer(self, size_bytes: int) -> None:
+        """Says that so much is dealt with, on every device that was asked for it."""
+        for account in self.accounts:
+            account.answer(min(size_bytes, account.asked()))
+
     # --- waiting
 
     @property

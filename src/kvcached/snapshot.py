@@ -23,9 +23,11 @@ class MemberSnapshot:
     demand: int
     """Bytes that it waits for before the instance has a scheduler; 0 when it does not wait."""
     set_aside: int
-    """Bytes that are kept from leases for what will be allocated beside pages, and that are not
-    taken yet: by an engine that starts, or by a program for which a hold was made.
+    """Bytes that were to be kept for what is allocated beside pages: by an engine that starts, or
+    by a program for which a hold was made.
     """
+    to_come: int
+    """What of them is kept from leases now: foreign memory has not grown by it yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class AccountSnapshot:
     @property
     def kept(self) -> int:
         """Bytes that its members keep from leases for what will be allocated beside pages."""
-        return sum(member.set_aside for member in self.members)
+        return sum(member.to_come for member in self.members)
 
     @property
     def alive(self) -> bool:

@@ -179,7 +179,7 @@ def test_the_device_is_found_or_must_be_named(
         assert devices.shared(here) == ["GPU-12-34", "host:a-b"]
     with pytest.raises(ConfigError, match="GPU-12-34, host:a-b"):
         devices.find(config)
-    assert devices.find(Config(directory=here, device="host:x")) == "host:x"
+    assert devices.find(Config(directory=here, devices=("host:x",))) == "host:x"
 
 
 def test_without_an_engine_the_ledger_is_made_as_an_engine_would(directory: Path) -> None:

@@ -35,16 +35,6 @@ class _Device:
     memory: Memory | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Scheduler:
-    """What the watcher's thread asks of a scheduler."""
-
-    account: Account
-    ledger: Ledger
-    device: _Device
-    pages: _Pages
-
-
 def run(watchers: int, seconds: float, gpu: bool) -> dict[str, Any]:
     """Measures ``watchers`` threads for ``seconds``, quiet and rung. With ``gpu`` each of them
     also measures foreign memory every second, as on a GPU. Needs vLLM.
@@ -63,10 +53,10 @@ def run(watchers: int, seconds: float, gpu: bool) -> dict[str, Any]:
             account = ledger.join(f"i{number}", f"i{number}")
             account.lease(PAGE_BYTES)
             account.publish(PAGE_BYTES, 0, 0)
-            scheduler = _Scheduler(account, ledger, _Device(memory), _Pages())
             threads.append(
                 threading.Thread(
-                    target=follow_pressure, args=(scheduler, lambda: wakes.append(0.0))
+                    target=follow_pressure,
+                    args=(_Pages(), lambda: wakes.append(0.0), account, ledger, _Device(memory)),
                 )
             )
             threads[-1].start()

@@ -33,8 +33,9 @@ def show(device: str | None, as_json: bool) -> None:
 
 def _names(device: str | None) -> list[str]:
     config = Config.from_env()
-    if device or config.device:
-        return [devices.find(config, device)]
+    if device or config.devices:
+        chosen = (device,) if device else config.devices
+        return list(dict.fromkeys(devices.find(config, name) for name in chosen))
     if not (names := devices.shared(config.directory)):
         raise LedgerError(f"{config.directory}: no device is shared here")
     return names
