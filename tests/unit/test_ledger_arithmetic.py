@@ -265,7 +265,12 @@ class ModelMember:
     row: int
     held: int = 0
     aside: int = 0
+    beside: int = 0
+    """The foreign memory on top of which it was set aside."""
     waits: bool = False
+
+    def to_come(self, foreign: int) -> int:
+        return min(self.aside, max(0, self.beside + self.aside - foreign))
 
 
 @dataclass
@@ -304,7 +309,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @property
     def aside(self) -> int:
-        return sum(member.aside for account in self.accounts for member in account.members)
+        return sum(
+            member.to_come(self.foreign) for account in self.accounts for member in account.members
+        )
 
     def model_leasable(self, index: int) -> int:
         mine = self.accounts[index]
@@ -368,16 +375,24 @@ class LedgerMachine(RuleBasedStateMachine):
         if which >= len(self.accounts[index].members):
             return
         member = self.accounts[index].members[which]
-        before = sum(
-            other.aside
+        others = [
+            (number, other)
             for number, account in enumerate(self.accounts)
             for other in account.members
             if other is not member
-            and ((number, other.row) < (index, member.row) or not other.waits)
+        ]
+        before = sum(
+            other.to_come(self.foreign)
+            for number, other in others
+            if (number, other.row) < (index, member.row) or not other.waits
         )
         there = 100 - self.foreign - before - sum(each.leased for each in self.accounts)
-        granted = size <= max(there, 0) or (size <= member.aside and not member.waits)
+        had = size <= member.aside and not member.waits
+        granted = size <= max(there, 0) or had
         assert member.handle.set_aside(size) == granted
+        if not had:
+            theirs = (other.to_come(self.foreign) for _, other in others if not other.waits)
+            member.beside = self.foreign + sum(theirs)
         member.aside, member.waits = size, not granted
 
     @rule(index=st.integers(0, 2), size=SIZES)
