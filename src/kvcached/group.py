@@ -113,6 +113,7 @@ class AccountGroup:
             give=max(plan.give for plan in plans),
             owed=max(plan.owed for plan in plans),
             grant=grant,
+            coming=min(plan.coming for plan in plans if plan.grant == grant),
         )
 
     def version(self) -> int:

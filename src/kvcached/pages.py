@@ -138,6 +138,13 @@ class PagePool:
             self._account.set_demand(self.refused_bytes)
         return False
 
+    def expects(self) -> bool:
+        """Whether memory for the lease that was refused last is about to come: others hold unused
+        what is this account's by right, and were told.
+        """
+        plan = self._account.target(self.page_bytes)
+        return plan.coming > 0 and plan.grant >= self.refused_bytes
+
     def want(self, count: int) -> None:
         """Raises the demand, after ``ensure`` was refused, to all ``count`` blocks that would be
         used if they were there. Asking for one request's at a time, memory would come back one

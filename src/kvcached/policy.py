@@ -111,6 +111,8 @@ class Target:
     """Memory in use that others wait for: to be given back as requests end."""
     grant: int
     """What it may lease now, as far as memory is free."""
+    coming: int = 0
+    """Unused memory that the others are to give back now."""
 
 
 def fair_shares(lendable: int, standings: Sequence[Standing]) -> list[int]:
@@ -267,5 +269,7 @@ def grant(lendable: int, standings: Sequence[Standing], shares: Sequence[int], i
 def target(lendable: int, standings: Sequence[Standing], index: int) -> Target:
     """All that the account at ``index`` should know. ``lendable`` is as in ``fair_shares``."""
     shares = fair_shares(lendable, standings)
-    give, owed = reclaim(lendable, standings, shares)[index]
-    return Target(shares[index], give, owed, grant(lendable, standings, shares, index))
+    plan = reclaim(lendable, standings, shares)
+    give, owed = plan[index]
+    coming = sum(size for size, _ in plan) - give
+    return Target(shares[index], give, owed, grant(lendable, standings, shares, index), coming)

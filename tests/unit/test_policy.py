@@ -22,7 +22,7 @@ def test_the_example_of_the_documentation() -> None:
     assert [each.want for each in standings] == [40, 60, 2]
     assert fair_shares(80, standings) == [34, 34, 12]
     assert reclaim(80, standings, [34, 34, 12]) == [(10, 0), (0, 0), (4, 0)]
-    assert target(80, standings, 1) == Target(share=34, give=0, owed=0, grant=14)
+    assert target(80, standings, 1) == Target(share=34, give=0, owed=0, grant=14, coming=14)
 
 
 def test_an_idle_cache_is_wanted_by_nobody() -> None:

@@ -75,6 +75,8 @@ class ElasticKVCacheManager(KVCacheManager):  # type: ignore[misc]
     """
 
     # Set by the scheduler: told of a request that found no memory, and the blocks it needs.
+    # ``on_refusal`` may wait for memory that is about to come, and says whether it came.
+    on_refusal: Any = None
     on_shortage: Any = None
 
     def allocate_slots(self, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +86,8 @@ class ElasticKVCacheManager(KVCacheManager):  # type: ignore[misc]
         if slots is not None:
             return slots
         needed = self._blocks_needed(request, num_new_tokens, args, kwargs)
-        if self.block_pool.pages.ensure(needed):
+        pages = self.block_pool.pages
+        if pages.ensure(needed) or (self.on_refusal(request, needed) and pages.ensure(needed)):
             slots = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
         if slots is None:
             self.on_shortage(request, needed)

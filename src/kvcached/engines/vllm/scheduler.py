@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 # An engine that can only wait sleeps on the ledger; at most so long, for its clients' messages.
 WAIT_S = 0.05
+# A step waits for memory that others are about to give back: at most so long, and at most so much
+# of the time that the step before took.
+PATIENCE_S = 0.25
+PATIENCE_SHARE = 0.1
 
 
 class ElasticScheduler:
@@ -85,12 +89,16 @@ class ElasticScheduler:
             on_evict=pool.forget,
         )
         pool.bind(self.pages)
+        manager.on_refusal = self._be_patient
         manager.on_shortage = self._note_shortage
         self._name = who.name
         self._shape = shape
         self._short = False
+        self._wanted = False  # the demand of this step is said
         self._waits = False  # the last step could only wait for memory
         self._freed = 0  # the ledger's sequence before it
+        self._scheduled_s = time.monotonic()
+        self._patience_s = 0.0  # what this step may still wait for memory that is about to come
         self._in_flight = 0  # steps with tokens whose output has not come yet
         self._hopeless: set[str] = set()  # ids of requests that can never fit
         logger.info(
@@ -109,8 +117,10 @@ class ElasticScheduler:
         self.pages.relieve()
         if self._waits:
             self._await_memory()
+        before_s, self._scheduled_s = self._scheduled_s, time.monotonic()
+        self._patience_s = min(PATIENCE_S, PATIENCE_SHARE * (self._scheduled_s - before_s))
         self._freed = self.account.freed_seq
-        self._short = False
+        self._short = self._wanted = False
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if not self._short:
             self.account.set_demand(0)
@@ -125,12 +135,30 @@ class ElasticScheduler:
         """Sleeps, after a step that could do nothing, until memory has come back and is enough for
         the lease that was refused. It comes in pieces, and an attempt for each would cost a step.
         """
-        seen, end_s = self._freed, time.monotonic() + WAIT_S
+        self._await_lease(self._freed, time.monotonic() + WAIT_S)
+
+    def _await_lease(self, seen: int, end_s: float) -> bool:
+        """Sleeps on the ledger until the refused lease fits; False if it does not in time."""
         while (left_s := end_s - time.monotonic()) > 0:
             now = self.account.wait_freed(seen, left_s)
             if now != seen and self.account.leasable() >= self.pages.refused_bytes:
-                return
+                return True
             seen = now
+        return False
+
+    def _be_patient(self, request: Any, needed: int) -> bool:
+        """Waits a moment, where others are about to give back what was refused; whether they did.
+
+        They do within milliseconds, and a step may take seconds: a request that must wait for the
+        next one waits that long, and one that runs is preempted.
+        """
+        self._raise_demand(request, needed)
+        if self._patience_s <= 0 or not self.pages.expects():
+            return False
+        start_s = time.monotonic()
+        came = self._await_lease(self._freed, start_s + self._patience_s)
+        self._patience_s -= time.monotonic() - start_s
+        return came
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
@@ -191,12 +219,17 @@ class ElasticScheduler:
         # With a step under way its output comes first: it may be what ends the shortage.
         return output.total_num_scheduled_tokens == 0 and not self.running and not self._in_flight
 
-    def _note_shortage(self, request: Any, needed: int) -> None:
-        if not self._short:
-            self._short = True
+    def _raise_demand(self, request: Any, needed: int) -> None:
+        """To all that could run if there were memory: once a step, at its first shortage."""
+        if not self._wanted:
+            self._wanted = True
             queued = self._blocks_waited_for()  # with this request, unless it runs already
             running = request.status == RequestStatus.RUNNING
             self.pages.want(needed + queued if running else max(needed, queued))
+
+    def _note_shortage(self, request: Any, needed: int) -> None:
+        self._raise_demand(request, needed)
+        self._short = True
         held = sum(
             not block.is_null  # outside a sliding window
             for manager in self.kv_cache_manager.coordinator.single_type_managers
