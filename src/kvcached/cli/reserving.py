@@ -99,7 +99,7 @@ def _say_no(hold: Hold, as_json: bool) -> None:
 
 
 def _detach(size: str, pid: int, wait: bool, timeout: float, device: str, as_json: bool) -> None:
-    """Runs the same command in a session of its own, and returns when it keeps the memory."""
+    """Runs the same command apart from this terminal, and returns when it keeps the memory."""
     if not pid:
         raise ConfigError("--detach: expected --for PID, which says when the memory is free again")
     command = [sys.executable, "-m", "kvcached.cli.kvctl", "reserve", size, "--for", str(pid)]
