@@ -26,6 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "kvcached": {"elastic": True},
     # All pages are mapped before the work and stay: what is left is the layout's cost.
     "mapped": {"elastic": True, "warm_pages": 1400},
+    "layers": {"elastic": True, "layout": "layer", "warm_pages": 700},  # mapped as well
     "pages64": {"elastic": True, "page_mib": 64},
     "pages128": {"elastic": True, "page_mib": 128},
 }

@@ -254,6 +254,12 @@ def verdict(llm: Any, path: Path) -> dict[str, Any]:
     }
 
 
+def forget(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """Drops the prefix cache."""
+    llm.reset_prefix_cache()
+    return nothing(llm, damage)
+
+
 WORK: Mapping[str, Callable[[Any, Damage | None], dict[str, Any]]] = {
     "churn": churn,
     "stop": stop,
@@ -267,4 +273,5 @@ WORK: Mapping[str, Callable[[Any, Damage | None], dict[str, Any]]] = {
     "burst": burst,
     "another-burst": burst,
     "nothing": nothing,
+    "forget": forget,
 }

@@ -62,6 +62,22 @@ def test_a_burst_leaves_a_busy_neighbour_its_share(one: Instance, two: Instance)
     two.check()
 
 
+def test_what_others_are_about_to_give_is_expected(one: Instance, two: Instance) -> None:
+    held = fill(one, 18)
+    assert not two.pool.ensure(3 + 4 * PER_PAGE)
+    two.pool.publish()
+    assert not two.pool.expects(), "all of it is in use"
+    one.blocks.free(held[2 * PER_PAGE + 3 :], cached=True)
+    one.pool.publish()
+    assert two.pool.expects()
+    assert not two.pool.ensure(3 + 15 * PER_PAGE)
+    assert not two.pool.expects(), "more than its share"
+    assert not two.pool.ensure(3 + 4 * PER_PAGE)
+    assert give(one) > 0
+    assert not two.pool.expects(), "it is there"
+    assert two.pool.ensure(3 + 4 * PER_PAGE)
+
+
 def test_an_idle_cache_goes_all_of_it(one: Instance, two: Instance) -> None:
     one.blocks.free(fill(one, 18), cached=True)
     one.pool.publish()
