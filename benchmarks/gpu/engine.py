@@ -210,7 +210,7 @@ def ledger_facts(job: Job) -> dict[str, Any]:
     from kvcached.ledger import Ledger
 
     config = Config.from_env()
-    name = device.of(config).name
+    name = device.of(config).by_rank[0].name
     with Ledger.open(config.directory, name, create=False, read_only=True) as ledger:
         seen = ledger.snapshot()
     account = seen.account(job.name)
@@ -264,8 +264,8 @@ def run(job: Job, folder: Path) -> None:
         m.value for m in llm.get_metrics() if m.name.startswith("vllm:num_preemptions")
     )
     result["drafted"], result["accepted"] = (
-        sum(m.value for m in llm.get_metrics() if m.name.startswith(f"vllm:spec_decode_num_{what}"))
-        for what in ("draft_tokens", "accepted_tokens")
+        sum(m.value for m in llm.get_metrics() if m.name == f"vllm:spec_decode_num_{what}_tokens")
+        for what in ("draft", "accepted")
     )
     result["arena"] = llm.collective_rpc(_tensor_facts)[0]["arena"]
     if job.elastic:

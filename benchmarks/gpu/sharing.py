@@ -75,7 +75,7 @@ def set_ups(model: str, out: Path, runner: str, kv_bytes: int | None) -> list[Se
     """``kv_bytes`` is what both engines have for KV caches, where it is not all of the GPU; an
     engine alone has that and the room for the other's weights.
     """
-    whole, half, shared = (
+    sizes: tuple[dict[str, Any], ...] = (
         ({"utilization": 0.9}, {"utilization": 0.45}, {})
         if kv_bytes is None
         else (
@@ -84,6 +84,7 @@ def set_ups(model: str, out: Path, runner: str, kv_bytes: int | None) -> list[Se
             {"capacity_bytes": kv_bytes},
         )
     )
+    whole, half, shared = sizes
 
     def job(set_up: str, which: str, work: str, **changes: Any) -> Job:
         name = f"{set_up}-{which}"

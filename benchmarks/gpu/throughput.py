@@ -75,7 +75,7 @@ def summary(
         if not runs:
             return {"runner": runner, "problem": f"no run of {kind} finished"}
         found[kind] = _figures(runs)
-    plain = found.get("plain")
+    plain = found.get("plain", {})
     for one in found.values() if plain else ():
         one["speed_of_plain"] = one["median_tokens_per_s"] / plain["median_tokens_per_s"]
         if "paced_tpot_p99_ms" in plain:
