@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,7 +52,8 @@ def alloc(
     """
     from kvcached.bench.alloc import run
 
-    result = {"backend": backend.value, **run(num_blocks, rounds)}
+    with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to stdout when it is imported
+        result = {"backend": backend.value, **run(num_blocks, rounds)}
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
