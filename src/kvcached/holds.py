@@ -20,9 +20,9 @@ import os
 import time
 import uuid
 from contextlib import ExitStack
-from types import TracebackType
 
 from kvcached import devices, foreign
+from kvcached.closing import Closing
 from kvcached.config import Config
 from kvcached.errors import InvalidArgumentError, OutOfMemoryError
 from kvcached.units import format_size, parse_size
@@ -31,7 +31,7 @@ NAME = "hold"
 _LOOK_AGAIN_S = 0.05
 
 
-class Hold:
+class Hold(Closing):
     """Memory of a device that is kept from leases. Any thread may use it, one at a time."""
 
     def __init__(self, size: int | str, device: str | None = None, name: str = NAME) -> None:
@@ -119,17 +119,6 @@ class Hold:
         """Ends the hold: engines may have the memory again."""
         self._member.close()
         self._ledger.close()
-
-    def __enter__(self) -> Hold:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def hold(size: int | str, *, device: str | None = None, timeout_s: float | None = None) -> Hold:

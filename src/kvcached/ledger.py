@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 from kvcached import vmm_ops
+from kvcached.closing import Closing
 from kvcached.errors import LedgerError
 from kvcached.member import Member
 from kvcached.policy import Standing, Target, fixed_weight, target
@@ -33,7 +33,7 @@ from kvcached.snapshot import LedgerSnapshot, ledger_snapshot
 __all__ = ["Account", "Ledger", "Member"]
 
 
-class Ledger:
+class Ledger(Closing):
     """One process's handle to a device's ledger."""
 
     def __init__(self, core: vmm_ops.Segment) -> None:
@@ -174,19 +174,8 @@ class Ledger:
         """Gives up every account and membership of this handle. The file stays."""
         self.core.close()
 
-    def __enter__(self) -> Ledger:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class Account:
+class Account(Closing):
     """The owner's side of an account: one process of the instance schedules for all of it.
 
     The methods that the hot path needs are the core's own, bound once.
@@ -333,14 +322,3 @@ class Account:
     def close(self) -> None:
         """Gives up the account: from then on only what its members hold is charged."""
         self.core.close()
-
-    def __enter__(self) -> Account:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

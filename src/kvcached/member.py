@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from kvcached import vmm_ops
+from kvcached.closing import Closing
 
 
-class Member:
+class Member(Closing):
     """A process that maps memory for an instance: it says what exists and what is gone."""
 
     def __init__(self, core: vmm_ops.Member, segment: vmm_ops.Segment) -> None:
@@ -76,14 +75,3 @@ class Member:
     def close(self) -> None:
         """Leaves the account. Release the memory first: what is booked counts as gone."""
         self.core.close()
-
-    def __enter__(self) -> Member:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -45,17 +45,17 @@ class LoadShape:
     """How the trace becomes a load: counts, scaling and clamps (lengths in tokens)."""
 
     burst_a: int = 42
-    burst_b: int = 114
+    burst_b: int = 104
     both_each: int = 28
-    burst_a_span_s: float = 11.0
-    burst_b_span_s: float = 6.0
-    both_span_s: float = 9.0
+    burst_a_span_s: float = 7.5
+    burst_b_span_s: float = 4.5
+    both_span_s: float = 7.0
     prompt_divisor: float = 8.0
     prompt_min: int = 64
-    prompt_max: int = 256
-    output_divisor: float = 3.0
-    output_min: int = 32
-    output_max: int = 72
+    prompt_max: int = 192
+    output_divisor: float = 2.0
+    output_min: int = 48
+    output_max: int = 120
     shared_prefix: int = 32
     seed: int = 11
 
