@@ -26,7 +26,6 @@ def state() -> dict[type, dict[str, Any]]:
 
 def check_what_is_refused() -> None:
     """Of what runs an engine on several devices, only tensor parallelism on one machine."""
-    from kvcached.config import Config
     from kvcached.engines.vllm.front import _refuse_unsupported
     from kvcached.errors import EngineError
 
@@ -47,7 +46,7 @@ def check_what_is_refused() -> None:
             speculative_config=None,
             model_config=SimpleNamespace(enable_sleep_mode=False),
         )
-        _refuse_unsupported(config, Config())
+        _refuse_unsupported(config)
 
     check()
     for changes, words in [
