@@ -116,7 +116,7 @@ class ElasticScheduler:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self.pages.relieve()
         if self._waits:
-            self._await_memory()
+            self._await_lease(self._freed, time.monotonic() + WAIT_S)
         before_s, self._scheduled_s = self._scheduled_s, time.monotonic()
         self._patience_s = min(PATIENCE_S, PATIENCE_SHARE * (self._scheduled_s - before_s))
         self._freed = self.account.freed_seq
@@ -131,14 +131,11 @@ class ElasticScheduler:
         self._waits = self._short and commands is None and self._can_only_wait(output)
         return output
 
-    def _await_memory(self) -> None:
-        """Sleeps, after a step that could do nothing, until memory has come back and is enough for
-        the lease that was refused. It comes in pieces, and an attempt for each would cost a step.
-        """
-        self._await_lease(self._freed, time.monotonic() + WAIT_S)
-
     def _await_lease(self, seen: int, end_s: float) -> bool:
-        """Sleeps on the ledger until the refused lease fits; False if it does not in time."""
+        """Sleeps on the ledger until memory has come back and is enough for the lease that was
+        refused; False if it is not in time. It comes in pieces, and an attempt for each would cost
+        a step.
+        """
         while (left_s := end_s - time.monotonic()) > 0:
             now = self.account.wait_freed(seen, left_s)
             if now != seen and self.account.leasable() >= self.pages.refused_bytes:

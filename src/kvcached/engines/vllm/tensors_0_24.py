@@ -24,12 +24,9 @@ _BLOCKS = 1_000_003  # a number that no other dimension has
 
 def refusal(backend: Any) -> str | None:
     """Why an attention backend cannot have its KV cache block-outermost; None where it can."""
-    try:
-        order = backend.get_kv_cache_stride_order()
-    except (AttributeError, NotImplementedError):
-        return None  # then the tensor's shape says how it lies
+    order = _stride_order(backend)
     # The views that vLLM makes of packed tensors leave the order of dimensions out of account.
-    if tuple(order) != tuple(range(len(order))):
+    if order is not None and order != tuple(range(len(order))):
         return "a KV cache layout of its own, such as VLLM_KV_CACHE_LAYOUT=HND"
     return None
 
@@ -41,12 +38,16 @@ def planes(backend: Any, spec: Any, cache_dtype: str) -> int:
     shape = backend.get_kv_cache_shape(
         _BLOCKS, spec.block_size, spec.num_kv_heads, spec.head_size, cache_dtype_str=cache_dtype
     )
-    try:
-        order = backend.get_kv_cache_stride_order()
-    except (AttributeError, NotImplementedError):
-        order = range(len(shape))
-    physical = [shape[axis] for axis in order]
+    physical = [shape[axis] for axis in _stride_order(backend) or range(len(shape))]
     return math.prod(physical[: physical.index(_BLOCKS)])
+
+
+def _stride_order(backend: Any) -> tuple[int, ...] | None:
+    """The order in memory of a tensor's dimensions; None where it lies as its shape says."""
+    try:
+        return tuple(backend.get_kv_cache_stride_order())
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def is_packed(cache_config: Any) -> bool:
