@@ -1,5 +1,7 @@
 // Processes that end together. A thread of our own watches pidfds: without Python, so that an
-// interpreter that is busy, or already shutting down, cannot delay it.
+// interpreter that is busy, or already shutting down, cannot delay it. Where the other process
+// watches too, its watching thread's death is what counts (Linux 6.9 or newer): it comes before the
+// kernel takes down the memory, so that all processes of an instance go down side by side.
 #pragma once
 
 #include <vector>

@@ -3,6 +3,8 @@
 A process that maps memory and outlives its engine would hold that memory for nobody. PDEATHSIG
 does not serve: it fires when the thread that forked ends, and misses a parent that is already
 gone. A pidfd of each process that matters, watched by one thread of our own, has neither flaw.
+A process that watches is itself noticed at once when it is killed, before the kernel takes down its
+memory (Linux 6.9 or newer; csrc/watch.cpp).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import signal
 import subprocess
 import sys
@@ -40,3 +41,47 @@ def test_ends_at_once_where_the_other_is_gone_already() -> None:
     leader.wait()
     process = follower(leader.pid)
     assert process.wait(timeout=30) == -signal.SIGKILL
+
+
+THREAD = """
+import ctypes, sys, threading, time
+def live():
+    sys.stdin.readline()
+    ctypes.CDLL(None).prctl(15, b"kvcached-life")
+    print(flush=True)
+    sys.stdin.readline()
+threading.Thread(target=live).start()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_does_not_wait_for_the_memory_of_the_dead(late: bool) -> None:
+    """A dying process's threads are gone long before its memory: the death of the one that watches
+    is enough. Here it dies alone, which makes the order certain. ``late``: it comes later than who
+    watches it, as processes of an instance start in any order.
+    """
+    if tuple(int(n) for n in platform.release().split(".")[:2]) < (6, 9):
+        pytest.skip("the kernel is older than 6.9 and has no pidfd of a thread")
+    command = [sys.executable, "-c", THREAD]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as leader:
+        assert leader.stdin is not None and leader.stdout is not None
+
+        def step() -> None:
+            assert leader.stdin is not None
+            leader.stdin.write(b"\n")
+            leader.stdin.flush()
+
+        if late:
+            process = follower(leader.pid)
+            step()
+        else:
+            step()
+            leader.stdout.readline()
+            process = follower(leader.pid)
+        time.sleep(2.0 if late else 0.5)  # it looks again after 0.25, 0.5 and 1 s
+        assert process.poll() is None
+        step()
+        assert process.wait(timeout=30) == -signal.SIGKILL
+        assert leader.poll() is None
+        leader.kill()
