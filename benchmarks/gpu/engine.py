@@ -46,6 +46,7 @@ class Job:
     page_mib: int | None = None
     judges: tuple[str, ...] = ()  # jobs whose answers this engine judges (work "verdict")
     own_core: bool = False  # the engine's core in a process of its own, as under ``vllm serve``
+    ranks: int = 1  # GPUs that share the model (tensor parallelism), each with a process of its own
     layout: str = "auto"  # KVCACHED_LAYOUT
     zero_holes: bool = False  # KVCACHED_UNMAPPED
     kv_dtype: str = "auto"
@@ -66,7 +67,7 @@ class Job:
         }
         if self.kv_order:
             changes["VLLM_KV_CACHE_LAYOUT"] = self.kv_order
-        if self.own_core:
+        if self.own_core or self.ranks > 1:
             changes["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for ``sharpen``
         if self.elastic:
             changes |= {
@@ -103,6 +104,10 @@ def build(job: Job) -> Any:
         "attention_config": {"backend": job.backend},
         "disable_log_stats": False,
         "kv_cache_dtype": job.kv_dtype,
+        "tensor_parallel_size": job.ranks,
+        # With NCCL: vLLM's own wants to look into the other GPU's memory, which not every
+        # virtual machine allows.
+        "disable_custom_all_reduce": job.ranks > 1,
     }
     if job.speculative:
         arguments["speculative_config"] = dict(job.speculative)
@@ -137,7 +142,8 @@ def sharpen(worker: Any) -> None:
                 weight.fill_(1.0)
                 continue
             generator = torch.Generator(device=weight.device)
-            generator.manual_seed(zlib.crc32(name.encode()))
+            part = name if worker.rank == 0 else f"{name}, part {worker.rank}"
+            generator.manual_seed(zlib.crc32(part.encode()))
             table = "embed" in name or "lm_head" in name
             scale = 0.3 if table else 1 / math.sqrt(weight.shape[1])
             weight.normal_(0.0, scale, generator=generator)
@@ -203,15 +209,22 @@ def gpu_used_bytes() -> int:
     return int(total - free)
 
 
-def ledger_facts(job: Job) -> dict[str, Any]:
-    """The ledger's numbers for this engine and for all."""
+def ledger_facts(job: Job) -> list[dict[str, Any]]:
+    """The numbers of each device's ledger for this engine and for all."""
     from kvcached.config import Config
     from kvcached.engines.vllm import device
-    from kvcached.ledger import Ledger
 
     config = Config.from_env()
-    name = device.of(config).by_rank[0].name
-    with Ledger.open(config.directory, name, create=False, read_only=True) as ledger:
+    return [
+        _of_one_ledger(job, config.directory, one.name)
+        for one in device.of(config, job.ranks).distinct
+    ]
+
+
+def _of_one_ledger(job: Job, directory: Path, device: str) -> dict[str, Any]:
+    from kvcached.ledger import Ledger
+
+    with Ledger.open(directory, device, create=False, read_only=True) as ledger:
         seen = ledger.snapshot()
     account = seen.account(job.name)
     assert account is not None
@@ -245,7 +258,8 @@ def run(job: Job, folder: Path) -> None:
     start = time.monotonic()
     llm = build(job)
     result |= {"start_s": round(time.monotonic() - start, 2), "facts": facts(llm)}
-    result["used_idle_bytes"] = gpu_used_bytes() if not job.own_core else 0
+    here = not job.own_core and job.ranks == 1  # the engine's CUDA context is this process's
+    result["used_idle_bytes"] = gpu_used_bytes() if here else 0
     save()
     if job.ready_file:
         Path(job.ready_file).touch()
@@ -269,12 +283,14 @@ def run(job: Job, folder: Path) -> None:
     )
     result["arena"] = llm.collective_rpc(_tensor_facts)[0]["arena"]
     if job.elastic:
-        result["ledger"] = ledger_facts(job)
-    result["used_end_bytes"] = gpu_used_bytes() if not job.own_core else 0
+        result["ledgers"] = ledger_facts(job)
+    result["used_end_bytes"] = gpu_used_bytes() if here else 0
     result["ok"] = True
     save()
     if job.hold_file:
         _wait_for(job.hold_file)
+    if job.ranks > 1:
+        llm.llm_engine.engine_core.shutdown()  # ends the ranks' processes
 
 
 def _wait_for(path: str) -> None:

@@ -102,11 +102,11 @@ def preload() -> None:
     say(f"imported vLLM {sys.modules['vllm'].__version__}, torch {torch.__version__}")
 
 
-def gpu_uuid() -> str:
-    """The GPU that the engines will run on."""
+def gpu_uuid(rank: int = 0) -> str:
+    """The GPU that the engines will run on, or one rank of them."""
     from vllm.platforms import current_platform
 
-    return str(current_platform.get_device_uuid(0))
+    return str(current_platform.get_device_uuid(rank))
 
 
 @dataclass(slots=True)
@@ -115,6 +115,7 @@ class Fleet:
 
     folder: Path
     deadline_s: float = 480.0
+    quiet: bool = False  # engines are meant to die: nothing is said about it
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     _running: dict[int, tuple[Job, float]] = field(default_factory=dict)
 
@@ -166,6 +167,17 @@ class Fleet:
             os.kill(pid, signal.SIGKILL)
         self.finish()
 
+    def pid(self, job: Job) -> int:
+        """The process of an engine that runs; it leads a session of its own."""
+        return next(pid for pid, (running, _) in self._running.items() if running.name == job.name)
+
+    def _say_end(self, job: Job) -> None:
+        if self.quiet:
+            return
+        say(f"--- end of {job.name}.log")
+        log = (self.folder / f"{job.name}.log").read_text(errors="replace")
+        print("\n".join(line[:240] for line in log.splitlines()[-20:]), flush=True)
+
     def _collect(self) -> None:
         for pid in list(self._running):
             ended, status = os.waitpid(pid, os.WNOHANG)
@@ -176,12 +188,11 @@ class Fleet:
             result = json.loads(path.read_text()) if path.exists() else {"ok": False, "work": {}}
             if not result.get("ok"):
                 result["error"] = f"ended with status {status}"
-                say(f"--- end of {job.name}.log")
-                log = (self.folder / f"{job.name}.log").read_text(errors="replace")
-                print("\n".join(line[:240] for line in log.splitlines()[-20:]), flush=True)
+                self._say_end(job)
             self.results[job.name] = result
             took = time.monotonic() - since
-            say(f"{job.name}: {'done' if result.get('ok') else 'FAILED'} after {took:.0f} s")
+            if not self.quiet:
+                say(f"{job.name}: {'done' if result.get('ok') else 'FAILED'} after {took:.0f} s")
 
 
 def _child(job: Job, folder: Path) -> None:

@@ -174,7 +174,7 @@ def play(set_up: SetUp, engines: Fleet, gpu: nvml.Gpu) -> dict[str, Any]:
                 "tpot_p99_ms": 1e3 * work["tpot_p99_s"],
                 "preemptions": engines.results[job.name]["preemptions"],
                 "peak_gib": watch.peak_gib(f"start-{job.name}", f"end-{job.name}"),
-                "ledger": engines.results[job.name].get("ledger"),
+                "ledgers": engines.results[job.name].get("ledgers"),
             }
     return result
 
