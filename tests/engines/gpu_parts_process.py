@@ -25,7 +25,8 @@ from vllm.v1.worker.gpu import attn_utils, warmup
 
 from kvcached.engines.vllm import backends, geometry
 from kvcached.engines.vllm import tensors_0_24 as tensors
-from kvcached.engines.vllm.worker import AnswerZeros, _blocks
+from kvcached.engines.vllm.steps import new_blocks
+from kvcached.engines.vllm.zeros import AnswerZeros
 from kvcached.layout import HOST_LIMITS
 
 LAYERS, BLOCKS, TOKENS, HEADS, HEAD = 3, 5, 16, 2, 8
@@ -211,7 +212,7 @@ def check_warm_up() -> None:
     steps = []
 
     def execute(output: Any) -> None:
-        mapped.update(_blocks(output))
+        mapped.update(new_blocks(output))
         steps.append(output.total_num_scheduled_tokens)
 
     torch.accelerator.synchronize = lambda: None

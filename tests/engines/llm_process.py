@@ -143,14 +143,20 @@ def several(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def no_maps(job: dict[str, Any]) -> dict[str, Any]:
-    """Generates with the map commands suppressed; does not come back."""
+    """Generates with the map commands suppressed, from the start or after a first short answer;
+    does not come back.
+    """
     import ctypes
 
     from kvcached.cache import PageMapper
 
     remember_arenas()
-    PageMapper.apply = lambda self, commands, stream=0: None
+    if not job["after_the_first"]:
+        PageMapper.apply = lambda self, commands, stream=0: None
     llm = build(job)
+    if job["after_the_first"]:
+        generate(llm, {"prompts": [[5, 6, 7]], "max_tokens": 1})
+        PageMapper.apply = lambda self, commands, stream=0: None
     (arena,) = ARENAS
     print(f"reservation {arena.address:#x} {arena.size:#x}", flush=True)
     ctypes.CDLL(job["report_faults"]).report_faults()

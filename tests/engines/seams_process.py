@@ -7,29 +7,44 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.engine.core import EngineCore
-from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
 from kvcached.engines.vllm.plugin import register
 
+try:
+    from vllm.v1.engine.input_processor import InputProcessor
+except ImportError:  # vLLM 0.8
+    from vllm.v1.engine.processor import Processor as InputProcessor
+
 SEAMS = {
-    EngineArgs: "create_engine_config",
-    InputProcessor: "process_inputs",
-    EngineCore: "__init__",
+    (EngineArgs, "create_engine_config"),
+    (InputProcessor, "process_inputs"),
+    (EngineCore, "__init__"),
+    (EngineCoreProc, "run_busy_loop"),
 }
+if InputProcessor.__name__ == "Processor":
+    SEAMS.add((EngineCore, "shutdown"))  # nobody tells its schedulers
 
 
 def state() -> dict[type, dict[str, Any]]:
-    return {owner: dict(vars(owner)) for owner in SEAMS}
+    return {owner: dict(vars(owner)) for owner, _ in SEAMS}
 
 
 def check_what_is_refused() -> None:
     """Of what runs an engine on several devices, only tensor parallelism on one machine."""
+    from vllm.platforms import current_platform
+
+    from kvcached.engines.vllm import adapter
     from kvcached.engines.vllm.front import _refuse_unsupported
     from kvcached.errors import EngineError
 
-    plain = {
+    platforms = adapter.current().PLATFORMS
+    assert set(platforms) <= {"cpu", "cuda"}
+    adapter.current().PLATFORMS = (*platforms, current_platform.device_type)
+
+    plain: dict[str, Any] = {
         "tensor_parallel_size": 2,
         "pipeline_parallel_size": 1,
         "data_parallel_size": 1,
@@ -49,6 +64,15 @@ def check_what_is_refused() -> None:
         _refuse_unsupported(config)
 
     check()
+    if hasattr(envs, "VLLM_USE_V1"):
+        os.environ["VLLM_USE_V1"] = "0"
+        try:
+            check()
+        except EngineError as error:
+            assert "V0 engine" in str(error)
+        else:
+            raise AssertionError("the V0 engine was accepted")
+        os.environ["VLLM_USE_V1"] = "1"
     for changes, words in [
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"data_parallel_size": 2}, "data parallelism"),
@@ -111,8 +135,8 @@ def main() -> None:
     this_version = adapter.current()
     original = this_version.seams
 
-    def with_a_renamed_one(config: Any) -> list[Any]:
-        return [*original(config), Seam(EngineCore, "step_of_another_version", lambda old: old)]
+    def with_a_renamed_one() -> list[Any]:
+        return [*original(), Seam(EngineCore, "step_of_another_version", lambda old: old)]
 
     this_version.seams = with_a_renamed_one
     try:
@@ -135,7 +159,7 @@ def main() -> None:
         for name, value in before.items()
         if installed[owner][name] is not value
     }
-    assert changed == set(SEAMS.items()), changed
+    assert changed == SEAMS, changed
     uninstall()
     assert state() == untouched
     uninstall()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import subprocess
 import sys
 
 import pytest
 from harness import HERE, environment
+from versions import vllm_version
 
 
 def test_views_backends_and_warm_up_of_the_v2_runner() -> None:
-    try:
-        version = importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("vLLM is not installed")
+    version = vllm_version()
     if not version.startswith("0.24."):
         pytest.skip(f"this is vLLM {version}; GPUs are supported with 0.24 (make matrix)")
     result = subprocess.run(

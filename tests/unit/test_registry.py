@@ -12,12 +12,21 @@ from kvcached.engines import registry
 from kvcached.errors import UnsupportedEngineError
 
 SOURCE = Path(kvcached.__file__).parents[1]
-PARTS = {"PLATFORMS", "seams", "tensors"}
+PARTS = {
+    "PLATFORMS",
+    "expects",
+    "new_blocks",
+    "scheduling",
+    "seams",
+    "tensors",
+    "used_backends",
+}
 
 
 @pytest.mark.parametrize(
     ("version", "module"),
     [
+        ("0.8.4", "kvcached.engines.vllm.v0_8"),
         ("0.24.0", "kvcached.engines.vllm.v0_24"),
         ("0.24.0+cpu", "kvcached.engines.vllm.v0_24"),
         ("0.24.1", "kvcached.engines.vllm.v0_24"),
@@ -31,12 +40,16 @@ def test_a_version_finds_its_adapter(version: str, module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "version", ["0.23.0", "0.25.0", "0.31.9", "0.33.0", "1.24.0", "0.24.0.dev1"]
+    "version", ["0.8.3", "0.8.5", "0.23.0", "0.25.0", "0.31.9", "0.33.0", "1.24.0", "0.24.0.dev1"]
 )
 def test_other_versions_are_refused_with_what_is_supported(version: str) -> None:
     with pytest.raises(UnsupportedEngineError) as raised:
         registry.find("vllm", version)
-    for part in (f"vllm {version} is not supported", "~=0.24.0, ~=0.32.0", "Unset ENABLE_KVCACHED"):
+    for part in (
+        f"vllm {version} is not supported",
+        "==0.8.4, ~=0.24.0, ~=0.32.0",
+        "Unset ENABLE_KVCACHED",
+    ):
         assert part in str(raised.value)
 
 
@@ -53,6 +66,8 @@ def test_every_adapter_is_there_and_whole(support: registry.Support) -> None:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom):
             names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.FunctionDef):
+            names.add(node.name)
         elif isinstance(node, ast.Assign):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     assert names >= PARTS

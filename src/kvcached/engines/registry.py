@@ -22,6 +22,7 @@ class Support:
 
 
 SUPPORTED = (
+    Support("vllm", SpecifierSet("==0.8.4"), "kvcached.engines.vllm.v0_8"),
     Support("vllm", SpecifierSet("~=0.24.0"), "kvcached.engines.vllm.v0_24"),
     Support("vllm", SpecifierSet("~=0.32.0"), "kvcached.engines.vllm.v0_32"),
 )

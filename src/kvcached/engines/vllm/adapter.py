@@ -2,11 +2,15 @@
 
 An adapter is a module, named in the registry, that holds what differs between versions:
 
-- ``seams(config)``: what is replaced in vLLM's own code.
+- ``seams()``: what is replaced in vLLM's own code.
+- ``expects``: a module with the signatures and attributes that the rest counts on (``selftest``).
+- ``scheduling``: a module that knows vLLM's bookkeeping of blocks and of failed requests.
 - ``tensors``: a module that reads and rewrites where the KV cache's tensors lie: ``block_bytes``,
   ``is_packed`` and ``runs`` of a ``KVCacheConfig``, the copies ``block_outermost`` and
   ``layer_outermost``, and the ``allocations`` that vLLM makes for it. ``refusal`` and ``planes``
   ask an attention backend what it takes, ``BACKENDS`` names those that were seen to be right.
+- ``used_backends(worker)``: the attention backend of each layer of a loaded model.
+- ``new_blocks(scheduler_output)``: the blocks that a step brings in.
 - ``PLATFORMS``: those of vLLM's platforms on which it was seen to work.
 """
 

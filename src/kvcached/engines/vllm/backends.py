@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.config import set_current_vllm_config
 
 from kvcached.engines.vllm.geometry import layer_specs
 from kvcached.errors import EngineError
@@ -32,8 +31,11 @@ class Plan:
         return tensors.layer_outermost(cache_config, paged_blocks)
 
 
-def plan(vllm_config: Any, cache_config: Any, tensors: Any, wanted: str) -> Plan:
-    """Decides by what is wanted (``Config.layout``) and by what the layers' backends take.
+def plan(
+    vllm_config: Any, used: Mapping[str, Any], cache_config: Any, tensors: Any, wanted: str
+) -> Plan:
+    """Decides by what is wanted (``Config.layout``) and by what the backends take that the layers
+    use.
 
     Raises EngineError where what is wanted cannot be had.
     """
@@ -45,8 +47,6 @@ def plan(vllm_config: Any, cache_config: Any, tensors: Any, wanted: str) -> Plan
                 "blocks together"
             )
         return together
-    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
-    used = {name: layer.get_attn_backend() for name, layer in layers.items()}
     with set_current_vllm_config(vllm_config):  # backends ask it for the layout
         return decide(used, cache_config, tensors, wanted, vllm_config.cache_config.cache_dtype)
 
@@ -80,8 +80,10 @@ def _refusal(backend: Any, spec: Any, tensors: Any) -> str | None:
     """Why a layer cannot have its blocks among those of other layers; None if it can."""
     if why := tensors.refusal(backend):
         return f"{backend.get_name()} with {why}"
-    sizes = backend.get_supported_kernel_block_sizes()
-    tokens = spec.block_size
+    divides = getattr(backend, "get_supported_kernel_block_sizes", None)
+    if divides is None:  # in old versions none does
+        return None
+    sizes, tokens = divides(), spec.block_size
     if any(tokens % getattr(size, "base", tokens + 1) == 0 or tokens == size for size in sizes):
         return None
     return f"{backend.get_name()}, which divides blocks of {tokens} tokens for its kernels"

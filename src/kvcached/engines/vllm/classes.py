@@ -10,6 +10,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from kvcached.config import Config
+from kvcached.engines.vllm import install, selftest
+
 _PREFIX = "Elastic:"
 
 
@@ -26,6 +29,9 @@ def __getattr__(name: str) -> Any:
     kind, _, encoded = name.removeprefix(_PREFIX).partition(":")
     module, _, base_name = encoded.replace(":", ".").rpartition(".")
     base = getattr(importlib.import_module(module), base_name)
+    # Also here: not every process of every version loads plugins (an EngineCore of 0.8 does not).
+    install.install(Config.from_env())
+    selftest.check_base(kind, base)
     made = importlib.import_module(f"kvcached.engines.vllm.{kind}").elastic(base)
     globals()[name] = made
     return made

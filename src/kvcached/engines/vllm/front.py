@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from vllm.exceptions import VLLMValidationError
 
 from kvcached import watch
 from kvcached.config import Config
@@ -18,6 +16,11 @@ from kvcached.errors import EngineError, RequestTooLargeError
 from kvcached.ledger import Ledger
 from kvcached.units import ceil_div, format_size
 
+try:
+    from vllm.exceptions import VLLMValidationError as _ValidationError
+except ImportError:  # before vLLM 0.16
+    _ValidationError = ValueError
+
 # vLLM answers the requests in flight with an error when its engine dies; it gets this long.
 FAREWELL_S = 0.15
 # Drafters of speculative decoding that were seen to give the same outputs with kvcached.
@@ -25,20 +28,24 @@ DRAFTERS = ("ngram",)
 
 
 def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
-    """Makes a finished configuration build elastic classes.
+    """Makes a finished configuration build elastic classes; one that does already is left alone.
 
     The classes are those that vLLM resolved, subclassed: naming ours before it resolves them
     would bypass its own choices (asynchronous scheduling, fall-backs).
     """
+    if identity.assigned(vllm_config):
+        return
     _refuse_unsupported(vllm_config)
     who = identity.assign(vllm_config, config)
     parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config
     parallel.worker_cls = classes.qualified_name("worker", parallel.worker_cls)
-    scheduling.scheduler_cls = classes.qualified_name("scheduler", scheduling.get_scheduler_cls())
-    devices = device.of(config, parallel.world_size)
+    resolve = getattr(scheduling, "get_scheduler_cls", lambda: scheduling.scheduler_cls)
+    scheduling.scheduler_cls = classes.qualified_name("scheduler", resolve())
+    devices = device.of(config, who.ranks)
     ledgers = device.open_ledgers(config, devices)
     cache = vllm_config.cache_config
-    if cache.kv_cache_memory_bytes is None:  # vLLM's number is each rank's
+    # vLLM's number is each rank's; vLLM 0.8 has none, there it is a plain attribute.
+    if getattr(cache, "kv_cache_memory_bytes", None) is None:
         smallest = min(ledger.capacity for ledger in ledgers)
         cache.kv_cache_memory_bytes = config.virtual_bytes or smallest // devices.ranks_each
     if serves:
@@ -46,6 +53,7 @@ def take_hold(vllm_config: Any, config: Config, *, serves: bool) -> None:
 
 
 def _refuse_unsupported(vllm_config: Any) -> None:
+    from vllm import envs
     from vllm.platforms import current_platform
 
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
@@ -57,35 +65,25 @@ def _refuse_unsupported(vllm_config: Any) -> None:
         "KV transfer (connectors, disaggregation, offload)": vllm_config.kv_transfer_config,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "data parallelism": parallel.data_parallel_size > 1,
-        "context parallelism": parallel.decode_context_parallel_size > 1
-        or parallel.prefill_context_parallel_size > 1,
-        "tensor parallelism over several machines": parallel.nnodes > 1,
+        "context parallelism": _number(parallel, "decode_context_parallel_size") > 1
+        or _number(parallel, "prefill_context_parallel_size") > 1,
+        "tensor parallelism over several machines": _number(parallel, "nnodes") > 1,
         f"tensor parallelism with the executor {executor!r}": executor != "mp"
         and parallel.tensor_parallel_size > 1,
         "speculative decoding with other drafters than ngram": speculative is not None
         and speculative.method not in DRAFTERS,
         "sleep mode": vllm_config.model_config.enable_sleep_mode,
+        "vLLM's V0 engine, which this version chose for these arguments": not getattr(
+            envs, "VLLM_USE_V1", True
+        ),
     }.items():
         if wrong:
             raise EngineError(f"kvcached does not support {what} yet. {OFF}")
 
 
-def wrap_create_engine_config(config: Config) -> Callable[[Any], Any]:
-    """The seam where vLLM turns arguments into a configuration."""
-
-    def replace(original: Any) -> Any:
-        @functools.wraps(original)
-        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            from vllm.usage.usage_lib import UsageContext
-
-            vllm_config = original(self, *args, **kwargs)
-            context = args[0] if args else kwargs.get("usage_context")
-            take_hold(vllm_config, config, serves=context == UsageContext.OPENAI_API_SERVER)
-            return vllm_config
-
-        return create_engine_config
-
-    return replace
+def _number(parallel: Any, name: str) -> int:
+    """How many times something is done in parallel; once, where a version has no such number."""
+    return int(getattr(parallel, name, 1))
 
 
 def follow_engine(ledgers: Sequence[Ledger], instance: str) -> None:
@@ -103,34 +101,28 @@ def follow_engine(ledgers: Sequence[Ledger], instance: str) -> None:
     threading.Thread(target=run, name="kvcached-follow", daemon=True).start()
 
 
-def wrap_process_inputs(config: Config) -> Callable[[Any], Any]:
-    """The seam where the front end has a request's token ids: it answers at once, with both
-    numbers, what the engine could only let wait for ever.
+def check_request(vllm_config: Any, request: Any) -> None:
+    """Where the front end has a request's token ids: answers at once, with both numbers, what the
+    engine could only let wait for ever. Raises RequestNeverFitsError.
     """
-
-    def replace(original: Any) -> Any:
-        ledgers: dict[int, list[Ledger]] = {}  # by the number of ranks
-
-        @functools.wraps(original)
-        def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-            request = original(self, *args, **kwargs)
-            ranks = self.vllm_config.parallel_config.world_size
-            if ranks not in ledgers:
-                ledgers[ranks] = device.open_ledgers(config, device.of(config, ranks))
-            instance = identity.of(self.vllm_config).instance
-            tokens = len(request.prompt_token_ids or ())
-            window = self.vllm_config.model_config.get_sliding_window()
-            kept = tokens if window is None else min(tokens, window)
-            check_fits(ledgers[ranks], instance, kept)
-            return request
-
-        return process_inputs
-
-    return replace
+    who = identity.of(vllm_config)
+    tokens = len(request.prompt_token_ids or ())
+    window = vllm_config.model_config.get_sliding_window()
+    kept = min(tokens, window) if isinstance(window, int) else tokens
+    check_fits(_ledgers(who.ranks), who.instance, kept)
 
 
-class RequestNeverFitsError(VLLMValidationError, RequestTooLargeError):  # type: ignore[misc]
-    """vLLM answers its own validation errors with HTTP 400, and all others with 500."""
+@functools.cache
+def _ledgers(ranks: int) -> tuple[Ledger, ...]:
+    """The ledgers of this front end's engines: of all of them, which have the same devices."""
+    config = Config.from_env()
+    return tuple(device.open_ledgers(config, device.of(config, ranks)))
+
+
+class RequestNeverFitsError(RequestTooLargeError, _ValidationError):  # type: ignore[misc]
+    """vLLM answers its own validation errors with HTTP 400 (where it has none, all of them that are
+    a ValueError), and others with 500.
+    """
 
 
 def check_fits(ledgers: Sequence[Ledger], instance: str, tokens: int) -> None:

@@ -15,7 +15,6 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.request import RequestStatus
 
 from kvcached import foreign, watch
-from kvcached.engines.vllm import identity
 from kvcached.engines.vllm.device import Device
 from kvcached.engines.vllm.scheduler import ElasticScheduler
 from kvcached.errors import EngineError, LedgerBusyError, LedgerError, UnavailableError
@@ -31,14 +30,19 @@ FOREIGN_TICK_S = 1.0  # and how often at what others use on a device that is not
 
 
 def attach(engine: Any) -> None:
-    """Follows one ``EngineCore`` from now on; called when it is built."""
+    """Follows one ``EngineCore`` from now on; called when it is built. A second call does nothing:
+    a patched vLLM calls it beside the plugin.
+    """
     scheduler = engine.scheduler
     if not isinstance(scheduler, ElasticScheduler):
         raise EngineError(
             f"kvcached: vLLM built {type(scheduler).__qualname__} instead of an elastic scheduler"
         )
+    if scheduler.followed:
+        return
+    scheduler.followed = True
     if hasattr(engine, "input_queue"):
-        watch.end_with_parent(*_worker_pids(engine, scheduler))
+        watch.end_with_parent(*_worker_pids(scheduler))
         wake = _wake_by_message(engine)
     else:
         wake = _share_step(engine, scheduler)
@@ -52,9 +56,8 @@ def attach(engine: Any) -> None:
         ).start()
 
 
-def _worker_pids(engine: Any, scheduler: ElasticScheduler) -> list[int]:
-    instance = identity.of(engine.vllm_config).instance
-    accounts = [ledger.snapshot().account(instance) for ledger in scheduler.ledgers]
+def _worker_pids(scheduler: ElasticScheduler) -> list[int]:
+    accounts = [ledger.snapshot().account(scheduler.instance) for ledger in scheduler.ledgers]
     members = [member for each in accounts if each is not None for member in each.members]
     return [member.pid for member in members if member.pid != os.getpid()]
 
@@ -107,7 +110,9 @@ def _share_step(engine: Any, scheduler: ElasticScheduler) -> Any:
     a step that leaves commands behind is followed by an empty one that carries them.
     """
     lock = threading.RLock()
-    step = engine.step_fn  # as it is: flushing runs it under the lock already
+    # The callers of vLLM 0.8's engines know ``step`` alone.
+    step_name = "step_fn" if hasattr(engine, "step_fn") else "step"
+    step = getattr(engine, step_name)  # as it is: flushing runs it under the lock already
 
     def flush() -> None:
         while scheduler.pages.has_commands() and scheduler.get_num_unfinished_requests() == 0:  # type: ignore[attr-defined]
@@ -122,7 +127,7 @@ def _share_step(engine: Any, scheduler: ElasticScheduler) -> Any:
 
         return with_lock
 
-    for name in ("step_fn", "add_request", "abort_requests", "reset_prefix_cache"):
+    for name in (step_name, "add_request", "abort_requests", "reset_prefix_cache"):
         setattr(engine, name, locked(getattr(engine, name)))
 
     def wake() -> None:

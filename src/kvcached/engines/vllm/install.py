@@ -21,14 +21,15 @@ _installation: base.Installation | None = None
 def install(config: Config) -> base.Installation:
     """Installs the adapter for the running version; a second call changes nothing.
 
-    Raises UnsupportedEngineError for a version without an adapter, EngineError for a missing seam
+    Raises UnsupportedEngineError for a version without an adapter, EngineError for a changed seam
     and for a core that does not load: the engine must not start as if all were well.
     """
     global _installation
     if _installation is None:
         module = _load(adapter.name())
+        importlib.import_module("kvcached.engines.vllm.selftest").check_front(module.expects)
         _log_as_vllm_does(config)
-        _installation = base.install(module.seams(config))
+        _installation = base.install(module.seams())
         logger.info("kvcached: took hold of vLLM %s", vllm.__version__)
     return _installation
 

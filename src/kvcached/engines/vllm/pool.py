@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from vllm.v1.request import RequestStatus
 
 from kvcached.errors import EngineError
 from kvcached.pages import PagePool
-from kvcached.units import ceil_div
 from kvcached.vmm_ops import BlockQueue
 
 # Called for each allocation: looking it up through super() would cost a tenth of the call.
@@ -74,10 +72,12 @@ class ElasticKVCacheManager(KVCacheManager):  # type: ignore[misc]
     Refusing leaves no trace in vLLM, so asking twice is safe; the common case asks once.
     """
 
-    # Set by the scheduler: told of a request that found no memory, and the blocks it needs.
-    # ``on_refusal`` may wait for memory that is about to come, and says whether it came.
-    on_refusal: Any = None
-    on_shortage: Any = None
+    # Set by the scheduler: how this version of vLLM counts (the adapter's ``scheduling``); told of
+    # a request that found no memory, and the blocks it needs. ``on_refusal`` may wait for memory
+    # that is about to come, and says whether it came.
+    this_version: Any = None
+    on_refusal: Callable[[Any, int], bool]
+    on_shortage: Callable[[Any, int], None]
 
     def allocate_slots(self, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
         if self.block_pool.pages.closed and request.status != RequestStatus.RUNNING:
@@ -85,41 +85,25 @@ class ElasticKVCacheManager(KVCacheManager):  # type: ignore[misc]
         slots = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
         if slots is not None:
             return slots
-        needed = self._blocks_needed(request, num_new_tokens, args, kwargs)
-        pages = self.block_pool.pages
-        if pages.ensure(needed) or (self.on_refusal(request, needed) and pages.ensure(needed)):
+        needed = self.this_version.blocks_needed(self, request, num_new_tokens, args, kwargs)
+        if self._grow(request, needed):
             slots = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
         if slots is None:
             self.on_shortage(request, needed)
         return slots
 
-    def _blocks_needed(
-        self, request: Any, num_new_tokens: int, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> int:
-        """An upper bound of the blocks that this call wants: prefix hits count as new ones."""
-        cached_tokens = args[0] if args else kwargs.get("num_new_computed_tokens", 0)
-        tokens = (
-            request.num_computed_tokens
-            + cached_tokens
-            + num_new_tokens
-            + kwargs.get("num_lookahead_tokens", 0)
-            + kwargs.get("num_external_computed_tokens", 0)
-        )
-        tokens = min(tokens, self.max_model_len)
-        whole = request.num_tokens if kwargs.get("full_sequence_must_fit", False) else 0
-        whole = min(whole, self.max_model_len)
-        needed = self.watermark_blocks + int(kwargs.get("reserved_blocks", 0))
-        for manager in self.coordinator.single_type_managers:
-            held = len(manager.req_to_blocks.get(request.request_id, ()))
-            in_all = min(ceil_div(whole, manager.block_size), _most_at_once(manager))
-            needed += max(0, max(ceil_div(tokens, manager.block_size), in_all) - held)
-        return int(needed)
+    def can_fit_full_sequence(self, request: Any, *args: Any, **kwargs: Any) -> bool:
+        """Asked before admission by vLLM 0.19 alone."""
+        if super().can_fit_full_sequence(request, *args, **kwargs):
+            return True
+        needed = self.this_version.sequence_blocks_needed(self, request)
+        if self._grow(request, needed) and super().can_fit_full_sequence(request, *args, **kwargs):
+            return True
+        self.on_shortage(request, needed)
+        return False
 
-
-def _most_at_once(manager: Any) -> float:
-    """Blocks that a request never holds more of at a time: what lies outside a window is freed."""
-    for name in ("max_admission_blocks_per_request", "_max_admission_blocks_per_request"):
-        most = getattr(manager, name, None)
-        if most is not None:
-            return int(most)
-    return math.inf
+    def _grow(self, request: Any, needed: int) -> bool:
+        pages = self.block_pool.pages
+        if pages.ensure(needed):
+            return True
+        return self.on_refusal(request, needed) and bool(pages.ensure(needed))

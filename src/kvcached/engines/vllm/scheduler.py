@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import logging
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from vllm.v1.core import kv_cache_coordinator
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
 from kvcached.config import Config
 from kvcached.engines.base import substituted
-from kvcached.engines.vllm import adapter, device, geometry, identity
+from kvcached.engines.vllm import adapter, device, geometry, identity, selftest
 from kvcached.engines.vllm.pool import ElasticBlockPool, ElasticKVCacheManager
 from kvcached.errors import EngineError
 from kvcached.group import grouped
@@ -45,12 +44,16 @@ class ElasticScheduler:
     waiting: Any
     max_num_running_reqs: int
     max_num_scheduled_tokens: int
+    followed = False  # by the thread that waits for pressure from others
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
-        cache_config = kwargs["kv_cache_config"] if "kv_cache_config" in kwargs else args[1]
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        vllm_config = given.get("vllm_config", given.get("scheduler_config"))
+        cache_config = given["kv_cache_config"]
+        this_version = adapter.current()
+        self._version = this_version.scheduling
         with (
-            substituted(kv_cache_coordinator, BlockPool=ElasticBlockPool),
+            substituted(self._version.POOL_MADE_IN, BlockPool=ElasticBlockPool),
             substituted(_scheduler_module(type(self)), KVCacheManager=ElasticKVCacheManager),
         ):
             super().__init__(*args, **kwargs)
@@ -58,13 +61,14 @@ class ElasticScheduler:
         pool = manager.block_pool
         if not isinstance(manager, ElasticKVCacheManager) or not isinstance(pool, ElasticBlockPool):
             raise EngineError("kvcached: vLLM built its KV-cache manager from other classes")
+        selftest.check_built(scheduler=self, manager=manager, pool=pool, block=pool.null_block)
 
         config = Config.from_env()
         who = identity.of(vllm_config)
-        devices = device.of(config, vllm_config.parallel_config.world_size)
+        devices = device.of(config, who.ranks)
         self.devices = devices.distinct
         self.ledgers = device.open_ledgers(config, devices)
-        block_bytes = adapter.current().tensors.block_bytes(cache_config)
+        block_bytes = this_version.tensors.block_bytes(cache_config)
         row = self.ledgers[0].snapshot().account(who.instance)
         shape = geometry.described(cache_config, block_bytes, devices.ranks_each, row)
         # What a device is charged: each rank there maps the page, with its part of each block.
@@ -89,9 +93,10 @@ class ElasticScheduler:
             on_evict=pool.forget,
         )
         pool.bind(self.pages)
+        manager.this_version = self._version
         manager.on_refusal = self._be_patient
         manager.on_shortage = self._note_shortage
-        self._name = who.name
+        self.instance, self._name = who.instance, who.name
         self._shape = shape
         self._short = False
         self._wanted = False  # the demand of this step is said
@@ -192,7 +197,9 @@ class ElasticScheduler:
         )
 
     def shutdown(self) -> None:
-        super().shutdown()  # type: ignore[misc]
+        end = getattr(super(), "shutdown", None)  # vLLM 0.8's schedulers have none
+        if end is not None:
+            end()
         self.account.close()
         for ledger in self.ledgers:
             ledger.close()
@@ -227,11 +234,7 @@ class ElasticScheduler:
     def _note_shortage(self, request: Any, needed: int) -> None:
         self._raise_demand(request, needed)
         self._short = True
-        held = sum(
-            not block.is_null  # outside a sliding window
-            for manager in self.kv_cache_manager.coordinator.single_type_managers
-            for block in manager.req_to_blocks.get(request.request_id, ())
-        )
+        held = self._version.blocks_held(self.kv_cache_manager, request.request_id)
         self._check_fits(request, needed + held)
 
     def _blocks_waited_for(self) -> int:
@@ -283,17 +286,8 @@ class ElasticScheduler:
     def _fail_hopeless(self, outputs: Any) -> Any:
         ids, self._hopeless = self._hopeless, set()
         failed = [r for r in map(self.requests.get, ids) if r is not None and not r.is_finished()]
-        super().finish_requests(ids, RequestStatus.FINISHED_ERROR)  # type: ignore[misc]
-        for request in failed:
-            batch = outputs.setdefault(request.client_index, EngineCoreOutputs())
-            batch.outputs.append(
-                EngineCoreOutput(
-                    request_id=request.request_id,
-                    new_token_ids=[],
-                    finish_reason=FinishReason.ERROR,
-                )
-            )
-        return outputs
+        super().finish_requests(ids, self._version.FAILED)  # type: ignore[misc]
+        return self._version.report_failed(outputs, failed)
 
 
 def _scheduler_module(cls: type) -> Any:

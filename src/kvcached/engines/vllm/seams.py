@@ -1,4 +1,4 @@
-"""The seams that kvcached takes in vLLM (0.24, 0.32)."""
+"""The seams that kvcached takes in vLLM: each calls a hook (``hooks``) where a patch would."""
 
 from __future__ import annotations
 
@@ -8,47 +8,67 @@ from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
-from vllm.v1.engine.input_processor import InputProcessor
 
-from kvcached.config import Config
 from kvcached.engines.base import Seam
-from kvcached.engines.vllm import front
+from kvcached.engines.vllm import hooks
 
 
-def _attach_when_built(original: Any) -> Any:
-    """For an engine in its caller's process, where kvcached is installed before it is built."""
+def _create_engine_config(original: Any) -> Any:
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        context = args[0] if args else kwargs.get("usage_context")
+        return hooks.configured(original(self, *args, **kwargs), context)
 
+    return create_engine_config
+
+
+def _process_inputs(original: Any) -> Any:
+    @functools.wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return hooks.processed(self.vllm_config, original(self, *args, **kwargs))
+
+    return process_inputs
+
+
+def _init(original: Any) -> Any:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from kvcached.engines.vllm import idle
-
         original(self, *args, **kwargs)
-        if not isinstance(self, EngineCoreProc):
-            idle.attach(self)
+        hooks.built(self)
 
     return __init__
 
 
-def _attach_when_run(original: Any) -> Any:
-    """For an engine in a process of its own. If that process was spawned, it loads plugins inside
-    the constructor, which is too late to replace the constructor; the loop comes after it.
-    """
-
+def _run_busy_loop(original: Any) -> Any:
     @functools.wraps(original)
     def run_busy_loop(self: Any) -> Any:
-        from kvcached.engines.vllm import idle
-
-        idle.attach(self)
+        hooks.runs(self)
         return original(self)
 
     return run_busy_loop
 
 
-def seams(config: Config) -> Sequence[Seam]:
-    """Everything that is replaced in vLLM's own code; the rest are subclasses."""
+def _shutdown(original: Any) -> Any:
+    @functools.wraps(original)
+    def shutdown(self: Any) -> None:
+        original(self)
+        hooks.ended(self)
+
+    return shutdown
+
+
+def common(processor: type) -> Sequence[Seam]:
+    """Everything that is replaced in vLLM's own code; the rest are subclasses. ``processor`` is the
+    class that turns prompts into requests.
+    """
     return (
-        Seam(EngineArgs, "create_engine_config", front.wrap_create_engine_config(config)),
-        Seam(InputProcessor, "process_inputs", front.wrap_process_inputs(config)),
-        Seam(EngineCore, "__init__", _attach_when_built),
-        Seam(EngineCoreProc, "run_busy_loop", _attach_when_run),
+        Seam(EngineArgs, "create_engine_config", _create_engine_config),
+        Seam(processor, "process_inputs", _process_inputs),
+        Seam(EngineCore, "__init__", _init),
+        Seam(EngineCoreProc, "run_busy_loop", _run_busy_loop),
     )
+
+
+def shutdown() -> Seam:
+    """For versions whose schedulers are not told that their engine ends."""
+    return Seam(EngineCore, "shutdown", _shutdown)

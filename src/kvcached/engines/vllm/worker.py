@@ -4,42 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from kvcached import foreign, watch
 from kvcached.cache import PageMapper
 from kvcached.config import Config
-from kvcached.engines.vllm import adapter, backends, device, geometry, identity, start
+from kvcached.engines.registry import OFF
+from kvcached.engines.vllm import adapter, backends, device, geometry, identity, selftest, start
 from kvcached.engines.vllm.start import GpuStart
+from kvcached.engines.vllm.zeros import AnswerZeros
 from kvcached.errors import EngineError, KvcachedError
+from kvcached.pages import Commands
 from kvcached.views import int8_tensor
 
 logger = logging.getLogger(__name__)
-
-
-class AnswerZeros(TorchFunctionMode):  # type: ignore[misc]
-    """Answers each ``torch.zeros`` of the KV cache, of these sizes in this order, with the next
-    bytes of the arena's tensor.
-    """
-
-    def __init__(self, sizes_bytes: Sequence[int], tensor: torch.Tensor) -> None:
-        super().__init__()
-        self.left = list(sizes_bytes)
-        self._tensor = tensor
-        self._start = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.zeros and kwargs.get("dtype") == torch.int8:
-            size = args[0] if len(args) == 1 else args or kwargs.get("size")
-            if self.left and size in (self.left[0], (self.left[0],)):
-                start, self._start = self._start, self._start + self.left.pop(0)
-                return self._tensor[start : self._start]
-        return func(*args, **kwargs)
 
 
 class ElasticWorker:
@@ -50,14 +30,16 @@ class ElasticWorker:
     device: torch.device
     rank: int
     is_driver_worker: bool
+    model_runner: Any
     _start: GpuStart | None = None
     _warm = False
+    _seen_mapped = False
 
     def init_device(self) -> Any:
         config, who = Config.from_env(), identity.of(self.vllm_config)
         if self.vllm_config.parallel_config.distributed_executor_backend == "mp":
             watch.end_with_parent(who.front_pid)  # this process is the worker's own
-        devices = device.of(config, self.vllm_config.parallel_config.world_size)
+        devices = device.of(config, who.ranks)
         self._device = devices.by_rank[self.rank]
         self._ranks_here = devices.ranks_each
         # The ledger's lock before everything else: at death the kernel drops it after what is
@@ -77,6 +59,7 @@ class ElasticWorker:
         if size is None:
             raise EngineError("kvcached: the KV cache's virtual size did not reach the worker")
         if self._start is not None:
+            start.expect_any_free_memory(self)
             with self._start.watching_activations(self.device):
                 super().determine_available_memory()  # type: ignore[misc]
             return int(size)
@@ -90,8 +73,10 @@ class ElasticWorker:
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         config, who = Config.from_env(), identity.of(self.vllm_config)
-        tensors = adapter.current().tensors
-        plan = backends.plan(self.vllm_config, kv_cache_config, tensors, config.layout)
+        selftest.check_built(worker=self, kv_cache_config=kv_cache_config)
+        this_version = adapter.current()
+        tensors, used = this_version.tensors, this_version.used_backends(self)
+        plan = backends.plan(self.vllm_config, used, kv_cache_config, tensors, config.layout)
         shape = geometry.of(kv_cache_config, plan.runs, self._device, config.page_bytes)
         backend = self._device.open_backend(self.device.index or 0, self._ledger.lock_fd)
         layout, zero_holes = shape.layout(plan.runs, backend.granularity), config.unmapped == "zero"
@@ -109,14 +94,15 @@ class ElasticWorker:
             on_refusal=self._measure,
         )
         placed = plan.apply(tensors, kv_cache_config, shape.paged_blocks)
-        sizes = tensors.allocations(placed)
-        with AnswerZeros(sizes, int8_tensor(self.mapper.arena, 0, sum(sizes))) as answer:
+        allocations = tensors.allocations(placed)
+        with AnswerZeros(allocations, int8_tensor(self.mapper.arena)) as answer:
             super().initialize_from_config(placed)  # type: ignore[misc]
         if answer.left:
             raise EngineError(
-                f"kvcached: vLLM did not allocate its KV cache in the expected way: of {sizes} "
-                f"bytes, {answer.left} are missing"
+                f"kvcached: vLLM did not allocate its KV cache in the expected way: of "
+                f"{allocations}, {answer.left} are missing. {OFF}"
             )
+        selftest.check_tensors(self.model_runner.kv_caches, self.mapper.arena)
 
     def compile_or_warm_up_model(self) -> Any:
         done = super().compile_or_warm_up_model()  # type: ignore[misc]
@@ -141,11 +127,21 @@ class ElasticWorker:
         if not self._warm:
             # vLLM's warm-up makes up steps on blocks of its choice; no scheduler is there yet.
             per_page = self.mapper.layout.blocks_per_page
-            self.mapper.hold(block // per_page for block in _blocks(scheduler_output))
+            blocks = adapter.current().new_blocks(scheduler_output)
+            self.mapper.hold(block // per_page for block in blocks)
             return
-        commands = scheduler_output.kvcached_commands
-        if commands is None:
-            return
+        if not hasattr(scheduler_output, "kvcached_commands"):
+            raise EngineError(
+                "kvcached: a step reached a worker without the scheduler's commands for its pages. "
+                f"{OFF}"
+            )
+        if scheduler_output.kvcached_commands is not None:
+            self._apply(scheduler_output.kvcached_commands)
+        if not self._seen_mapped:
+            blocks = adapter.current().new_blocks(scheduler_output)
+            self._seen_mapped = selftest.check_mapped(blocks, self.mapper)
+
+    def _apply(self, commands: Commands) -> None:
         try:
             self.mapper.apply(commands, self._stream())
         except KvcachedError as error:
@@ -164,16 +160,6 @@ class ElasticWorker:
     def _measure(self) -> None:
         if self._device.memory is not None:
             foreign.refresh(self._ledger, self._device.memory)
-
-
-def _blocks(scheduler_output: Any) -> Iterator[int]:
-    """The blocks that a step brings in."""
-    for request in scheduler_output.scheduled_new_reqs:
-        for group in request.block_ids:
-            yield from group
-    for groups in scheduler_output.scheduled_cached_reqs.new_block_ids:
-        for group in groups or ():
-            yield from group
 
 
 def elastic(base: type) -> type:

@@ -1,0 +1,70 @@
+"""The places in vLLM's own code where kvcached is called: by the seams that the plugin puts there,
+or by lines that a patch (``engine_integration/scripts``) adds to vLLM's source. Both together do no
+harm: each hook does its work once. Switched off, a hook returns what it was given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvcached.config import Config
+
+
+def configured(vllm_config: Any, usage_context: Any = None) -> Any:
+    """At the end of ``EngineArgs.create_engine_config``: makes the configuration build elastic
+    classes, and returns it.
+
+    Raises EngineError where kvcached is switched on and cannot take hold.
+    """
+    config = Config.from_env()
+    if config.enabled:
+        from vllm.usage.usage_lib import UsageContext
+
+        from kvcached.engines.vllm import front, install
+
+        install.install(config)
+        front.take_hold(vllm_config, config, serves=usage_context == UsageContext.OPENAI_API_SERVER)
+    return vllm_config
+
+
+def processed(vllm_config: Any, request: Any) -> Any:
+    """At the end of the front end's ``process_inputs``: returns the request, or raises
+    RequestNeverFitsError with both numbers if its engine can never have memory for it.
+    """
+    from kvcached.engines.vllm import identity
+
+    if identity.assigned(vllm_config):
+        from kvcached.engines.vllm import front
+
+        front.check_request(vllm_config, request)
+    return request
+
+
+def built(engine: Any) -> None:
+    """At the end of ``EngineCore.__init__``: an engine in its caller's process is followed from
+    here. One in a process of its own is not whole yet: see ``runs``.
+    """
+    from vllm.v1.engine.core import EngineCoreProc
+
+    if not isinstance(engine, EngineCoreProc):
+        _attach(engine)
+
+
+def runs(engine: Any) -> None:
+    """At the start of ``EngineCoreProc.run_busy_loop``. If that process was spawned, it may load
+    plugins inside the constructor, which is too late to replace the constructor.
+    """
+    _attach(engine)
+
+
+def ended(engine: Any) -> None:
+    """At the end of ``EngineCore.shutdown``, where vLLM's schedulers have no end of their own."""
+    if Config.from_env().enabled:
+        engine.scheduler.shutdown()
+
+
+def _attach(engine: Any) -> None:
+    if Config.from_env().enabled:
+        from kvcached.engines.vllm import idle
+
+        idle.attach(engine)
