@@ -280,7 +280,7 @@ class PagePool:
         """Whether the engine should start no request that is not running: others wait for memory
         that it uses above its fair share, which comes back as its requests end.
         """
-        return self._owed > 0 and self.blocks.used_blocks > 1
+        return self._owed > 0 and self.blocks_in_use() > 1
 
     def _owe(self, size_bytes: int) -> None:
         if self._preempt and (size_bytes or self._owed):
@@ -314,30 +314,47 @@ class PagePool:
             self.counters.cancelled += never_created
             self._account.give_back(never_created * self.page_bytes)
 
+    # An engine that keeps its prefix cache in blocks that are in use here answers these two anew.
+
+    def blocks_in_use(self) -> int:
+        """Blocks that requests hold, and block 0. Any thread may ask."""
+        return self.blocks.used_blocks
+
+    def idle_pages(self) -> int:
+        """Pages on which all blocks with contents are unused and cached."""
+        return self.blocks.idle_pages
+
     # --- leaving
 
     def has_commands(self) -> bool:
         """Whether commands wait to be carried to the processes that map."""
         return bool(self._to_map or self._to_unmap)
 
-    def take_commands(self) -> Commands | None:
-        """The waiting commands, handed over: the caller must carry them, in order."""
+    def has_unmaps(self) -> bool:
+        """Whether pages wait to be unmapped."""
+        return bool(self._to_unmap)
+
+    def take_commands(self, unmap: bool = True) -> Commands | None:
+        """The waiting commands, handed over: the caller must carry them, in order. Without
+        ``unmap`` the pages to unmap stay: steps that touch them are not even enqueued.
+        """
         arrived = self._used(self._ahead) if self._ahead else []
-        if not (arrived or self._to_map or self._to_unmap):
+        leaving = tuple(self._to_unmap) if unmap else ()
+        if not (arrived or self._to_map or leaving):
             return None
         for page in arrived:
             del self._ahead[page]
         needed = self._used(self._to_map)
         for page in needed:
             del self._to_map[page]
-        commands = Commands(tuple(self._to_unmap), (*arrived, *needed), tuple(self._to_map))
-        for page in commands.unmap:
+        commands = Commands(leaving, (*arrived, *needed), tuple(self._to_map))
+        for page in leaving:
+            del self._to_unmap[page]
             self._ahead.pop(page, None)
         self._ahead.update(self._to_map)
         self.counters.unmapped += len(commands.unmap)
         self.counters.mapped += len(needed) + len(commands.ahead)
         self.counters.mapped_ahead += len(commands.ahead)
-        self._to_unmap.clear()
         self._to_map.clear()
         return commands
 
@@ -347,7 +364,7 @@ class PagePool:
     def publish(self) -> None:
         """Writes the pool's numbers into the ledger (plain stores, no lock)."""
         blocks, size = self.blocks, self.page_bytes
-        idle, empty = blocks.idle_pages, blocks.empty_pages
+        idle, empty = self.idle_pages(), blocks.empty_pages
         busy = blocks.present_pages - idle - empty
         self._working = self._works()
         self._account.publish(busy * size, idle * size, empty * size, self._working)
@@ -356,7 +373,7 @@ class PagePool:
         )
 
     def _works(self) -> bool:
-        was_busy, self._busy = self._busy, self.blocks.used_blocks > 1
+        was_busy, self._busy = self._busy, self.blocks_in_use() > 1
         if self._busy or was_busy:
             self._worked_s = self._clock()
         return self._clock() - self._worked_s < REST_S
@@ -366,9 +383,7 @@ class PagePool:
         ``relieve``. Any thread may ask.
         """
         return (
-            self._working
-            and self.blocks.used_blocks <= 1
-            and self._clock() - self._worked_s >= REST_S
+            self._working and self.blocks_in_use() <= 1 and self._clock() - self._worked_s >= REST_S
         )
 
     def check(self) -> None:

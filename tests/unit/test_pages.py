@@ -231,3 +231,22 @@ def test_random_programs_of_two_pools_add_up(ledger: Ledger, seed: int) -> None:
         instance.carry()
         assert instance.charged_pages <= 2
         assert instance.member.held() == len(instance.mapped) * PAGE
+
+
+def test_unmaps_may_stay_and_be_kept_while_maps_leave(one: Instance) -> None:
+    ids = one.alloc(3 + PER_PAGE)  # the rest of page 0, and page 1
+    one.carry()
+    one.blocks.free(ids)
+    one.pool.settle(idle=True)
+    one.pool.give_up(1)
+    assert one.pool.has_unmaps()
+    assert one.pool.take_commands(unmap=False) is None
+    more = one.alloc(3 + 2 * PER_PAGE)
+    commands = one.pool.take_commands(unmap=False)
+    assert commands is not None and commands == Commands(unmap=(), map=(2,))
+    assert not one.pool.has_unmaps(), "page 1, which was still mapped, is in use again"
+    one.apply(commands)
+    one.blocks.free(more)
+    one.pool.give_up(2)
+    assert one.carry().unmap == (2, 1)
+    one.check()

@@ -10,6 +10,7 @@ import pytest
 
 from kvcached import nvml
 from kvcached.config import Config
+from kvcached.engines import devices
 from kvcached.engines.vllm import device
 from kvcached.errors import ConfigError, EngineError, LedgerError
 from kvcached.layout import CUDA_LIMITS, HOST_LIMITS
@@ -117,7 +118,7 @@ def test_a_worker_on_another_gpu_does_not_start(
         opened.append(ordinal)
         return SimpleNamespace(granularity=2 * MIB * (1 + ordinal))
 
-    monkeypatch.setattr(device, "cuda_backend", open_backend)
+    monkeypatch.setattr(devices, "cuda_backend", open_backend)
     seen = {0: UUID[4:], 1: UUID[4:], 2: "ffffffff-89ab-cdef-0123-456789abcdef"}
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=seen[index])
