@@ -1,0 +1,61 @@
+"""Pressure from others on an engine that sleeps, and the rows of the dead."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from typing import Any
+
+from kvcached.engines.sglang.engine import ElasticEngine
+from kvcached.errors import LedgerBusyError, LedgerError
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 5.0  # how often an engine looks for dead instances
+
+
+def follow(engine: ElasticEngine, sleeper: Any) -> None:
+    """Wakes the engine when others want memory.
+
+    SGLang's loop turns all the time, and then looks at the pressure in each turn; or it sleeps
+    in a poll over its sockets (``--sleep-on-idle``): then one more descriptor joins them.
+    """
+    bell = None
+    if sleeper is not None:
+        bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        sleeper.poller.register(bell, _POLLIN)
+        sleeper.maybe_sleep = _answering(sleeper.maybe_sleep, bell)
+    threading.Thread(
+        target=_follow, args=(engine, bell), name="kvcached-pressure", daemon=True
+    ).start()
+
+
+_POLLIN = 1  # zmq.POLLIN
+
+
+def _answering(maybe_sleep: Any, bell: int) -> Any:
+    def sleep() -> None:
+        maybe_sleep()
+        with contextlib.suppress(BlockingIOError):  # it was something else that woke it
+            os.eventfd_read(bell)
+
+    return sleep
+
+
+def _follow(engine: ElasticEngine, bell: int | None) -> None:
+    account, ledger = engine.account, engine.build.ledger
+    seen = account.pressure_seq
+    while ledger.core.usable:
+        now = account.wait_pressure(seen, TICK_S)
+        if now == seen:
+            try:
+                ledger.reap()
+            except LedgerBusyError as error:
+                logger.warning("kvcached: %s", error)
+            except LedgerError:
+                return
+        if bell is not None and account.pressed():
+            os.eventfd_write(bell, 1)
+        seen = now
