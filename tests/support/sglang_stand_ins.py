@@ -10,6 +10,7 @@ file of the environments that it builds for SGLang, with the names that the vers
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -19,6 +20,9 @@ from typing import Any, ClassVar
 
 # Where SGLang asks by importing whether something is there, the honest answer is no.
 ABSENT = ("sgl_kernel.scalar_type", "vllm.model_executor.layers.quantization", "vllm.logger")
+
+# Layers of vLLM's that SGLang 0.4 computes with on a CPU: these are real (``sglang_layers.py``).
+LAYERS = ("RMSNorm", "GemmaRMSNorm", "SiluAndMul", "GeluAndMul")
 
 
 class _Anything(type):
@@ -41,7 +45,9 @@ class _StandIn(ModuleType):
         if full in sys.modules:
             return sys.modules[full]
         made: Any
-        if name == "scalar_types" or name[:1].isupper():
+        if full.startswith("vllm.") and name in LAYERS:
+            made = getattr(importlib.import_module("sglang_layers"), name)
+        elif name == "scalar_types" or name[:1].isupper():
             made = _Anything(name, (), {"__module__": self.__name__})
         else:
             made = _refusing(full)
@@ -75,6 +81,25 @@ class _Finder(MetaPathFinder, Loader):
         pass
 
 
+class _Early(MetaPathFinder):
+    """Asked first, to see SGLang coming; finds nothing."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> None:
+        if name == "sglang":
+            _add_to_torch()
+
+
+def _add_to_torch() -> None:
+    """A question that SGLang asks of torch, and that this build of it does not know."""
+    import torch
+
+    if not hasattr(torch._C._cpu, "_is_amx_tile_supported"):
+        torch._C._cpu._is_amx_tile_supported = lambda: False  # type: ignore[attr-defined]
+
+
 def stand_in(*names: str) -> None:
     """Lets imports of these packages, and of what is in them, pass in this process."""
     sys.meta_path.append(_Finder(names))
+    sys.meta_path.insert(0, _Early())

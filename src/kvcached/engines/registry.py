@@ -25,6 +25,7 @@ SUPPORTED = (
     Support("vllm", SpecifierSet("==0.8.4"), "kvcached.engines.vllm.v0_8"),
     Support("vllm", SpecifierSet("~=0.24.0"), "kvcached.engines.vllm.v0_24"),
     Support("vllm", SpecifierSet("~=0.32.0"), "kvcached.engines.vllm.v0_32"),
+    Support("sglang", SpecifierSet("==0.4.6.*"), "kvcached.engines.sglang.v0_4_6"),
     Support("sglang", SpecifierSet("==0.5.23"), "kvcached.engines.sglang.v0_5_23"),
 )
 

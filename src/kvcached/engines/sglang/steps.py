@@ -61,7 +61,7 @@ def wrap_get_next_batch(
             engine.begin_step()
             answer = original(self, *args, **kwargs)
             batch = batch_of(answer)
-            waiting = [] if not engine.slots.short else [_length(r) for r in self.waiting_queue]
+            waiting = [] if not engine.slots.short else [length(r) for r in self.waiting_queue]
             runs = batch is not None or len(self.running_batch.reqs) > 0
             engine.end_step(chunk_left(self), waiting, runs)
             return answer
@@ -71,7 +71,8 @@ def wrap_get_next_batch(
     return replace
 
 
-def _length(req: Any) -> int:
+def length(req: Any) -> int:
+    """The tokens of a request: what it was asked and what it has answered."""
     return len(req.origin_input_ids) + len(req.output_ids)
 
 
