@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -249,15 +249,17 @@ def check(env: Environment) -> None:
     run("import torch, vllm and kvcached", [str(env.python), "-c", script])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--force", action="store_true", help="build again from nothing")
-    parser.add_argument(
-        "--vllm", choices=sorted(ENVIRONMENTS), default=MAIN, help="which version of vLLM"
-    )
-    options = parser.parse_args()
-    force, env = options.force, ENVIRONMENTS[options.vllm]
-    wanted = inputs_hash(env)
+def build(
+    env: Environment,
+    wanted: str,
+    force: bool,
+    steps: Sequence[Callable[[Environment], None]],
+    again: str,
+) -> int:
+    """Builds an environment unless its stamp says that nothing has changed.
+
+    ``again`` are the arguments with which its script builds it from nothing.
+    """
     if not force and env.stamp.is_file() and env.stamp.read_text() == wanted:
         print(f"environment: {env.folder}/ is up to date")
         return 0
@@ -268,24 +270,34 @@ def main() -> int:
         if force or not env.python.exists():
             create_venv(env)
         env.stamp.unlink(missing_ok=True)
-        install_torch(env)
-        install_vllm(env)
-        install_kvcached(env)
-        check(env)
+        for step in steps:
+            step(env)
     except SetupError as error:
         tail = "\n".join(LOG.read_text().splitlines()[-25:])
         print(f"\n{tail}\n", file=sys.stderr)
         print(f"set-up: {error}", file=sys.stderr)
         print(
             f"The whole log is {LOG}. If a download failed, run this again: what is installed "
-            "stays. To start from nothing: python3 tools/setup_env.py "
-            f"--vllm {options.vllm} --force",
+            f"stays. To start from nothing: python3 tools/{again} --force",
             file=sys.stderr,
         )
         return 1
     env.stamp.write_text(wanted)
     say(f"environment ready: {env.folder}/")
     return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--force", action="store_true", help="build again from nothing")
+    parser.add_argument(
+        "--vllm", choices=sorted(ENVIRONMENTS), default=MAIN, help="which version of vLLM"
+    )
+    options = parser.parse_args()
+    env = ENVIRONMENTS[options.vllm]
+    steps = (install_torch, install_vllm, install_kvcached, check)
+    again = f"setup_env.py --vllm {options.vllm}"
+    return build(env, inputs_hash(env), options.force, steps, again)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""Real SGLang engines and classes: one tiny model and one plain answer for all of them.
+
+Run in an environment of ``tools/setup_sglang.py``; elsewhere there is nothing to collect.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+HAS_SGLANG = importlib.util.find_spec("sglang") is not None
+collect_ignore_glob = [] if HAS_SGLANG else ["test_*.py"]
+
+REFERENCE = """
+import json, sys, torch
+from transformers import LlamaForCausalLM
+job = json.loads(sys.stdin.read())
+model = LlamaForCausalLM.from_pretrained(job["model"], torch_dtype=torch.float32).eval()
+model.generation_config.eos_token_id = None
+for prompt in job["prompts"]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=job["max_tokens"],
+        do_sample=False,
+        pad_token_id=0,
+    )
+    print(json.dumps(out[0, len(prompt):].tolist()))
+"""
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    program = HERE.parent / "engines" / "tiny_model.py"
+    subprocess.run(
+        [sys.executable, str(program), str(folder)], check=True, capture_output=True, timeout=120
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(model: Path) -> list[list[int]]:
+    """What transformers answers in float32."""
+    from sgl_harness import MAX_TOKENS, PROMPTS
+
+    job = {"model": str(model), "prompts": PROMPTS, "max_tokens": MAX_TOKENS}
+    done = subprocess.run(
+        [sys.executable, "-c", REFERENCE],
+        input=json.dumps(job),
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    outputs = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len({tuple(tokens) for tokens in outputs}) == len(PROMPTS)
+    return outputs
+
+
+@pytest.fixture(scope="session")
+def plain(
+    model: Path, reference: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> list[list[int]]:
+    """What SGLang without kvcached answers: the same."""
+    from sgl_harness import Engine
+
+    job = {"task": "equality", "model": str(model), "arguments": {}, "rounds": 1}
+    with Engine(tmp_path_factory.mktemp("plain"), job, {}) as engine:
+        outputs: list[list[int]] = engine.answer()["outputs"][0]
+    assert outputs == reference
+    return outputs

@@ -1,0 +1,77 @@
+"""One elastic engine says what plain SGLang and transformers say, and holds no more than it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sgl_harness import MIB, Engine, MemoryWatch, switched_on
+
+pytestmark = pytest.mark.engine
+FULL = pytest.mark.matrix  # one of many: run for each version by make matrix-sglang
+
+TIGHT = 4 * MIB  # far less than all requests need at once
+CASES = [
+    # capacity, whether it must run out of memory, arguments
+    pytest.param(64 * MIB, False, {}, id="roomy"),
+    pytest.param(TIGHT, True, {}, id="tight", marks=FULL),
+    pytest.param(TIGHT, True, {"disable_radix_cache": True}, id="tight-no-radix", marks=FULL),
+    pytest.param(TIGHT, True, {"page_size": 16, "chunked_prefill_size": 128}, id="tight-paged"),
+    pytest.param(
+        TIGHT,
+        True,
+        {"page_size": 16, "disable_radix_cache": True},
+        id="tight-paged-no-radix",
+        marks=FULL,
+    ),
+    pytest.param(TIGHT, True, {"chunked_prefill_size": 64}, id="tight-chunked", marks=FULL),
+    pytest.param(64 * MIB, False, {"page_size": 16}, id="roomy-paged", marks=FULL),
+    pytest.param(
+        TIGHT, True, {"disable_overlap_schedule": True}, id="tight-no-overlap", marks=FULL
+    ),
+]
+
+
+@pytest.mark.parametrize(("capacity", "tight", "arguments"), CASES)
+def test_outputs_are_those_of_plain_sglang(
+    model: Path,
+    plain: list[list[int]],
+    tmp_path: Path,
+    capacity: int,
+    tight: bool,
+    arguments: dict[str, Any],
+) -> None:
+    check(model, plain, tmp_path, capacity, tight, arguments, {"KVCACHED_VIRTUAL": str(64 * MIB)})
+
+
+@pytest.mark.matrix
+def test_layers_may_lie_apart(model: Path, plain: list[list[int]], tmp_path: Path) -> None:
+    check(model, plain, tmp_path, 64 * MIB, False, {}, {"KVCACHED_LAYOUT": "layer"})
+
+
+def check(
+    model: Path,
+    plain: list[list[int]],
+    tmp_path: Path,
+    capacity: int,
+    tight: bool,
+    arguments: dict[str, Any],
+    changes: dict[str, str],
+) -> None:
+    job = {"task": "equality", "model": str(model), "arguments": arguments}
+    engine = Engine(tmp_path / "engine", job, switched_on(tmp_path, capacity, **changes))
+    with engine, MemoryWatch(engine) as memory:
+        result = engine.answer()
+
+    assert result["outputs"] == [plain, plain]
+    loaded, reset = result["loaded"], result["reset"]
+    assert memory.samples > 20
+    assert (capacity - 2 * loaded["page"] if tight else 2 * loaded["page"]) < memory.peak
+    assert memory.peak <= capacity
+    assert loaded["high_water"] <= loaded["capacity"] == capacity
+    assert loaded["block_tokens"] == arguments.get("page_size", 1)
+    assert (loaded["cached"] > 0) == ("disable_radix_cache" not in arguments)
+    assert loaded["physical"] == loaded["created"] == loaded["charge"]
+    assert reset["physical"] == reset["created"] == reset["charge"]
+    assert reset["charge"] <= reset["pinned"] + reset["page"], "pinned and at most one warm page"
