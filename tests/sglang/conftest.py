@@ -39,7 +39,7 @@ for prompt in job["prompts"]:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    program = HERE.parent / "engines" / "tiny_model.py"
+    program = HERE / "make_model.py"
     subprocess.run(
         [sys.executable, str(program), str(folder)], check=True, capture_output=True, timeout=120
     )
