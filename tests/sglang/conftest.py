@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,11 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from sgl_harness import ENVIRONMENT, MAX_TOKENS, PROMPTS, Engine  # noqa: E402
+
+os.environ.update(ENVIRONMENT)  # for tests that use SGLang's classes in this process
 HAS_SGLANG = importlib.util.find_spec("sglang") is not None
 collect_ignore_glob = [] if HAS_SGLANG else ["test_*.py"]
 
@@ -49,8 +55,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reference(model: Path) -> list[list[int]]:
     """What transformers answers in float32."""
-    from sgl_harness import MAX_TOKENS, PROMPTS
-
     job = {"model": str(model), "prompts": PROMPTS, "max_tokens": MAX_TOKENS}
     done = subprocess.run(
         [sys.executable, "-c", REFERENCE],
@@ -70,8 +74,6 @@ def plain(
     model: Path, reference: list[list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> list[list[int]]:
     """What SGLang without kvcached answers: the same."""
-    from sgl_harness import Engine
-
     job = {"task": "equality", "model": str(model), "arguments": {}, "rounds": 1}
     with Engine(tmp_path_factory.mktemp("plain"), job, {}) as engine:
         outputs: list[list[int]] = engine.answer()["outputs"][0]

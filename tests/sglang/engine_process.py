@@ -96,9 +96,7 @@ def equality(job: dict[str, Any]) -> dict[str, Any]:
     if os.environ.get("ENABLE_KVCACHED"):
         result["loaded"] = settled(lambda facts: True)
         assert flushed(engine)
-        result["reset"] = settled(
-            lambda facts: facts["charge"] <= facts["pinned"] + facts["page"]
-        )
+        result["reset"] = settled(lambda facts: facts["charge"] <= facts["pinned"] + facts["page"])
     if job.get("stay"):  # idle, with cached prefixes, until it is killed
         generate(engine, job)
         answer(job, result)

@@ -1,4 +1,4 @@
-"""One elastic engine says what plain SGLang and transformers say, and holds no more than it says."""
+"""One elastic engine says what plain SGLang and transformers say, and holds no more than stated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from sgl_harness import MIB, Engine, MemoryWatch, switched_on
 
 pytestmark = pytest.mark.engine
-FULL = pytest.mark.matrix  # one of many: run for each version by make matrix-sglang
+FULL = pytest.mark.matrix  # one of many: run for each version by make matrix
 
 TIGHT = 4 * MIB  # far less than all requests need at once
 CASES = [

@@ -139,9 +139,9 @@ class ElasticEngine:
     def idle(self, waits: bool) -> None:
         """Nothing runs and nothing is in flight. ``waits``: requests wait, for memory."""
         self._finished = self._launched
-        if not self.pages.has_unmaps():
-            self.pages.relieve()
-            self.settle(idle=not waits)
+        self._flush()  # what had to wait for the last step
+        self.pages.relieve()
+        self.settle(idle=not waits)
         self._flush()
         if waits and self.slots.short:
             self.account.wait_freed(self._freed, WAIT_S)

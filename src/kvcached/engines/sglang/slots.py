@@ -39,6 +39,7 @@ class SlotPages(PagePool):
     block_tokens = 1
     cache: PrefixCache | None = None
     aside: list[int]
+    _counted: tuple[tuple[int, ...], int] = ((), 0)  # when, and what
 
     def bind(self, cache: PrefixCache, block_tokens: int) -> None:
         """Names the cache; called once, before any block is cached."""
@@ -62,13 +63,20 @@ class SlotPages(PagePool):
         with_contents = blocks.present_pages - blocks.empty_pages
         if not self._fair.pressed() or self.cache is None:
             return max(0, min(self.evictable_blocks() // blocks.blocks_per_page, with_contents - 1))
+        state = (blocks.misses, blocks.used_blocks, blocks.present_pages, self.evictable_blocks())
+        if state != self._counted[0]:
+            self._counted = (state, max(0, with_contents - len(self._held_pages(self.cache))))
+        return self._counted[1]
+
+    def _held_pages(self, cache: PrefixCache) -> set[int]:
+        blocks = self.blocks
         held = {0} | {block // blocks.blocks_per_page for block in self.aside}
-        tokens = [slots.reshape(-1) for slots in self.cache.held_slots()]
+        tokens = [slots.reshape(-1) for slots in cache.held_slots()]
         if tokens:
             per_page = blocks.blocks_per_page * self.block_tokens
             pages = torch.unique(torch.cat(tokens).to(torch.int64) // per_page)
             held.update(page for page in pages.tolist() if blocks.used_in(page))
-        return max(0, with_contents - len(held))
+        return held
 
     def give_up(self, pages: int) -> int:
         """As ``PagePool.give_up``; the cache gives its oldest blocks first."""
@@ -147,6 +155,7 @@ class Slots:
         return min(absent, self._pages_granted()) * self.blocks.blocks_per_page
 
     def _pages_granted(self) -> int:
+        self.pages.publish()
         version = self.account.version()
         if version != self._grantable[0]:
             page = self.pages.page_bytes
