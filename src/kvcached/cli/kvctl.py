@@ -7,13 +7,10 @@ itself with ``app``.
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from kvcached.cli import reserving, settings
+from kvcached.cli import listing, reserving, settings
 from kvcached.cli.edge import run
-from kvcached.cli.listing import show
 
 app = typer.Typer(
     help="Who may hold how much of a device's memory.",
@@ -23,25 +20,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-
-@app.command(name="list")
-def list_accounts(
-    device: Annotated[
-        str, typer.Option(help="One device, such as host:default; all shared ones if not given.")
-    ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """The engines that share a device, and what each of them holds.
-
-    Examples:
-
-      kvctl list
-
-      kvctl list --json | jq .accounts[0].charge
-    """
-    show(device or None, as_json)
-
-
+listing.register(app)
 settings.register(app)
 reserving.register(app)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,7 +17,31 @@ from kvcached.ledger import Ledger
 from kvcached.snapshot import AccountSnapshot, LedgerSnapshot
 from kvcached.units import format_size
 
+Device = Annotated[
+    str, typer.Option(help="One device, such as host:default; all shared ones if not given.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 _HEADINGS = ("charge", "in use", "cached", "warm", "demand", "guarantee", "limit", "weight", "hits")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to an app."""
+    app.command(name="list")(list_accounts)
+
+
+def list_accounts(device: Device = "", as_json: AsJson = False) -> None:
+    """The engines that share a device, and what each of them holds.
+
+    Examples:
+
+      kvctl list
+
+      kvcached list --device host:demo --json
+
+      kvctl list --json | jq .accounts[0].charge
+    """
+    show(device or None, as_json)
 
 
 def show(device: str | None, as_json: bool) -> None:

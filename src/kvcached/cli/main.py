@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 import kvcached
-from kvcached.cli import bench
+from kvcached.cli import bench, listing
 from kvcached.cli.edge import run
 from kvcached.units import parse_size
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench.app, name="bench")
+listing.register(app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -94,26 +95,6 @@ def demo(
         typer.echo(json.dumps(report, indent=2))
     if report["failures"]:
         raise typer.Exit(1)
-
-
-@app.command(name="list")
-def list_accounts(
-    device: Annotated[
-        str, typer.Option(help="One device, such as host:default; all shared ones if not given.")
-    ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """The engines that share a device, and what each of them holds (as ``kvctl list``).
-
-    Examples:
-
-      kvcached list
-
-      kvcached list --device host:demo --json
-    """
-    from kvcached.cli.listing import show
-
-    show(device or None, as_json)
 
 
 def main() -> None:
