@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <pthread.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -86,6 +87,11 @@ void Liveness::close() {
   fd_ = -1;
   std::lock_guard<std::mutex> held(mutex_);
   held_.reset();
+}
+
+bool Liveness::unlinked() const {
+  struct stat info{};
+  return fstat(fd_, &info) == 0 && info.st_nlink == 0;
 }
 
 bool Liveness::take(uint64_t byte) {

@@ -30,6 +30,8 @@ class Liveness {
   void close();
 
   int fd() const { return fd_; }
+  // Whether the file has lost its name since it was opened.
+  bool unlinked() const;
   // True in a child of the process that opened this: a fork handler has closed the child's copy of
   // the descriptor (closing drops nothing while the parent holds its own; unlocking would).
   bool inherited() const { return inherited_.load(std::memory_order_relaxed); }

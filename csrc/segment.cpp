@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <chrono>
 #include <thread>
 
 #include "futex.hpp"
@@ -11,7 +12,26 @@ namespace kvcached {
 using layout::member_byte;
 using layout::owner_byte;
 
+namespace {
+constexpr int kOpenAttempts = 64;
+constexpr auto kOpenPause = std::chrono::milliseconds(1);
+}  // namespace
+
 Status Segment::open(const OpenRequest& request, std::shared_ptr<Segment>* opened) {
+  // Who removes a ledger that nobody uses (remove_ledger_file) holds all of its locks for a moment,
+  // and takes its name away: then there is another file to open, or none.
+  Status status;
+  for (int attempt = 0; attempt < kOpenAttempts; ++attempt) {
+    bool removed = false;
+    status = open_once(request, opened, &removed);
+    if (!removed) return status;
+    std::this_thread::sleep_for(kOpenPause);
+  }
+  return status;
+}
+
+Status Segment::open_once(const OpenRequest& request, std::shared_ptr<Segment>* opened,
+                          bool* removed) {
   std::shared_ptr<Segment> segment(new Segment);
   segment->device_ = request.device;
   segment->read_only_ = request.read_only;
@@ -26,7 +46,12 @@ Status Segment::open(const OpenRequest& request, std::shared_ptr<Segment>* opene
                                std::to_string(request.capacity_bytes) + " bytes were asked for"};
   }
   if (!request.read_only) {
-    if (status = segment->claim_slot(); !status) return status;
+    status = segment->claim_slot();
+    if (status && segment->liveness_.unlinked()) {
+      status = {Code::kLedger, segment->path_ + ": this file is being replaced again and again"};
+    }
+    *removed = !status;
+    if (!status) return status;
   }
   segment->closed_ = false;
   *opened = std::move(segment);

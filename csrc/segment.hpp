@@ -98,6 +98,8 @@ class Segment {
   friend class MemberHandle;
 
   Segment() = default;
+  static Status open_once(const OpenRequest& request, std::shared_ptr<Segment>* opened,
+                          bool* removed);
   Status claim_slot();
   Status check_usable(bool writing) const;
   Status busy() const;

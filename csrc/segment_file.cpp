@@ -260,4 +260,43 @@ Status open_ledger_file(const OpenRequest& request, Liveness& liveness, FileMapp
   return ledger_error(path, "this file is being replaced again and again");
 }
 
+Status remove_ledger_file(const std::string& folder, const std::string& device) {
+  OpenRequest request{folder, device, -1, 0, false, false};
+  if (Status status = check_request(request); !status) return status;
+  const std::string name = ledger_file_name(device);
+  const std::string path = folder + "/" + name;
+  int directory_fd = -1;
+  Status status = open_directory(request, folder, &directory_fd);
+  Descriptor directory(directory_fd);
+  if (!status) return status;
+  Descriptor file(openat(directory_fd, name.c_str(),
+                         O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+  if (file.get() < 0 && errno == ENOENT) return ledger_error(path, "there is no ledger here");
+  if (file.get() < 0) return system_error(path, "cannot open the ledger", errno);
+  char magic[sizeof layout::kMagic] = {};
+  if (pread(file.get(), magic, sizeof magic, 0) != static_cast<ssize_t>(sizeof magic) ||
+      std::memcmp(magic, layout::kMagic, sizeof magic) != 0) {
+    return ledger_error(path, "this is not a ledger of kvcached: it is left alone");
+  }
+  // All bytes at once: whoever may write to the ledger, in any version, holds one of them.
+  struct flock all{};
+  all.l_type = F_WRLCK;
+  all.l_whence = SEEK_SET;
+  if (fcntl(file.get(), F_OFD_SETLK, &all) != 0) {
+    return {Code::kInvalidArgument, path + ": processes that live have this ledger open"};
+  }
+  struct stat locked{};
+  struct stat named{};
+  // Who opens it meanwhile finds after taking a lock that the file has lost its name.
+  if (fstat(file.get(), &locked) != 0 ||
+      fstatat(directory_fd, name.c_str(), &named, AT_SYMLINK_NOFOLLOW) != 0 ||
+      locked.st_ino != named.st_ino || locked.st_dev != named.st_dev) {
+    return ledger_error(path, "this file is being replaced");
+  }
+  if (unlinkat(directory_fd, name.c_str(), 0) != 0) {
+    return system_error(path, "cannot remove the ledger", errno);
+  }
+  return Status::ok();
+}
+
 }  // namespace kvcached

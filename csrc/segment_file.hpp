@@ -45,6 +45,11 @@ class FileMapping {
 // from descriptors that are numbered above it, so that at death its locks drop after that memory.
 Status open_ledger_file(const OpenRequest& request, Liveness& liveness, FileMapping& mapping);
 
+// Removes a device's ledger, of any version, that no process has open for writing; readers keep
+// what they have mapped. kInvalidArgument where somebody lives, kLedger for a file that is no
+// ledger.
+Status remove_ledger_file(const std::string& folder, const std::string& device);
+
 // Checks that the open file still has its full size: touching pages cut off would be a SIGBUS.
 // Every operation but the hot ones (a granted lease, created, released, publish) asks first. What
 // remains: the file's owner cuts it while another of his processes is in a hot operation, or right

@@ -65,12 +65,16 @@ py::dict member_dict(const MemberView& view) {
   return out;
 }
 
+// A name is cut at a byte, which may be within a character.
+py::str text(const std::string& bytes) {
+  return py::reinterpret_steal<py::str>(
+      PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "ignore"));
+}
+
 py::dict account_dict(const AccountView& view) {
   py::dict out;
-  out["instance"] = view.instance;
-  // A name is cut at a byte, which may be within a character.
-  out["name"] = py::reinterpret_steal<py::str>(
-      PyUnicode_DecodeUTF8(view.name.data(), static_cast<Py_ssize_t>(view.name.size()), "ignore"));
+  out["instance"] = text(view.instance);
+  out["name"] = text(view.name);
   out["owner_pid"] = view.owner_pid == 0 ? py::object(py::none()) : py::int_(view.owner_pid);
   out["owner_alive"] = view.owner_alive;
   out["ready"] = view.ready;
@@ -309,6 +313,13 @@ void bind_segment(py::module_& module) {
   bind_member(module);
   module.def("ledger_file_name", &ledger_file_name, py::arg("device"),
              "The name of a device's ledger file within its folder.");
+  module.def(
+      "remove_ledger",
+      [](const std::string& directory, const std::string& device) {
+        run([&] { return remove_ledger_file(directory, device); });
+      },
+      py::arg("directory"), py::arg("device"),
+      "Removes the ledger of a device that no process has open for writing.");
 }
 
 }  // namespace kvcached

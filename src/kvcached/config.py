@@ -17,7 +17,7 @@ from typing import Any
 
 from kvcached.errors import ConfigError
 from kvcached.hostmemory import default_capacity
-from kvcached.units import MIB, format_size, parse_size
+from kvcached.units import MIB, Share, parse_share, parse_size
 
 __all__ = [
     "ACCEPTED_NAMES",
@@ -28,6 +28,7 @@ __all__ = [
     "child_environment",
     "default_capacity",
     "default_directory",
+    "is_device",
     "variables",
 ]
 
@@ -42,23 +43,6 @@ _DEVICE = re.compile(
 )
 
 _BUILD_VARIABLES = frozenset({"KVCACHED_BUILD_JOBS"})  # not for a running engine
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """An amount of memory: bytes, or a percentage of a capacity that is known later."""
-
-    size_bytes: int = 0
-    percent: float | None = None
-
-    def of(self, capacity_bytes: int) -> int:
-        """The amount in bytes where the capacity is ``capacity_bytes``."""
-        if self.percent is None:
-            return self.size_bytes
-        return int(capacity_bytes * self.percent / 100)
-
-    def __str__(self) -> str:
-        return format_size(self.size_bytes) if self.percent is None else f"{self.percent:g}%"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +75,7 @@ def _size(name: str, text: str) -> int:
 
 
 def _share(name: str, text: str) -> Share:
-    if not text.endswith("%"):
-        return Share(size_bytes=parse_size(text, name))
-    return Share(percent=_number(0, 100, "a percentage from 0% to 100%")(name, text[:-1]))
+    return parse_share(text, name)
 
 
 def _number(low: float, high: float, allowed: str) -> Callable[[str, str], float]:
@@ -140,7 +122,7 @@ def _matching(pattern: re.Pattern[str], allowed: str) -> Callable[[str, str], st
 def _devices(name: str, text: str) -> tuple[str, ...]:
     devices = tuple(part.strip() for part in text.split(","))
     if not all(_DEVICE.fullmatch(device) for device in devices):
-        raise _fail(name, text, _DEVICE_ALLOWED)
+        raise _fail(name, text, _DEVICES_ALLOWED)
     return devices
 
 
@@ -168,9 +150,10 @@ def default_directory() -> Path:
     return Path(f"/dev/shm/kvcached-{os.getuid()}")
 
 
-_DEVICE_ALLOWED = (
-    "host:NAME, a GPU's UUID (GPU-...) or its index; with tensor parallelism one for all ranks, or "
-    "one for each rank, separated by commas"
+DEVICE_ALLOWED = "host:NAME, a GPU's UUID (GPU-...) or its index"
+_DEVICES_ALLOWED = (
+    f"{DEVICE_ALLOWED}; with tensor parallelism one for all ranks, or one for each rank, "
+    "separated by commas"
 )
 _SIZE_ALLOWED = "a size such as 512MiB or 20GiB"
 _SHARE_ALLOWED = "a size such as 2GiB, or a percentage of the capacity such as 25%"
@@ -187,7 +170,7 @@ class Config:
         "Switches kvcached on in an engine. Nothing else needs setting.")
     devices: tuple[str, ...] = _setting(
         "KVCACHED_DEVICE", _devices, (),
-        "the engine's own device on a GPU, `host:default` without one", _DEVICE_ALLOWED,
+        "the engine's own device on a GPU, `host:default` without one", _DEVICES_ALLOWED,
         "The device whose memory is shared. Engines that name the same device share a ledger.")
     capacity_bytes: int | None = _setting(
         "KVCACHED_CAPACITY", _size, None,
@@ -305,6 +288,11 @@ def _variables_by_field() -> dict[str, Variable]:
         for item in dataclasses.fields(Config)
         if "variable" in item.metadata
     }
+
+
+def is_device(name: str) -> bool:
+    """Whether this can be a device's name."""
+    return _DEVICE.fullmatch(name) is not None
 
 
 def child_environment(changes: Mapping[str, str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvcached import nvml
-from kvcached.config import Config, default_capacity
+from kvcached.config import DEVICE_ALLOWED, Config, default_capacity, is_device
 from kvcached.errors import ConfigError, LedgerError, UnavailableError
 from kvcached.foreign import Memory
 from kvcached.ledger import Ledger
@@ -44,10 +44,12 @@ def find(config: Config, named: str | None = None) -> str:
     """The device that is meant: ``named``, or else ``KVCACHED_DEVICE``, or else the only one that
     engines share, or else the machine's first GPU, or else the host's default.
 
-    Raises ConfigError where several are meant or shared and none is named, UnavailableError where
-    the named GPU is not there.
+    Raises ConfigError for a name that no device can have, and where several are meant or shared and
+    none is named; UnavailableError where the named GPU is not there.
     """
     if named:
+        if not is_device(named):
+            raise ConfigError(f"device {named!r}: expected {DEVICE_ALLOWED}")
         index = named.removeprefix("cuda:")
         return nvml.uuid_of(int(index)) if index.isdecimal() else named
     if config.devices:

@@ -105,6 +105,11 @@ class AccountSnapshot:
         return sum(member.to_come for member in self.members)
 
     @property
+    def above(self) -> int:
+        """Bytes that it holds above its limit; what it cannot run without is not above."""
+        return 0 if self.limit is None else max(0, self.charge - max(self.limit, self.pinned))
+
+    @property
     def alive(self) -> bool:
         """Whether any process of the instance lives."""
         return self.owner_alive or any(member.alive for member in self.members)
@@ -142,6 +147,12 @@ class LedgerSnapshot:
         today, as after the capacity was lowered.
         """
         return self.capacity - self.headroom - self.foreign - self.set_aside - self.charge
+
+    @property
+    def missing(self) -> int:
+        """Bytes that would have to come back for every account to have what it is sure of."""
+        sure = sum(max(each.charge, each.guarantee, each.pinned) for each in self.accounts)
+        return max(0, sure - self.charge - self.free)
 
     def account(self, key: str) -> AccountSnapshot | None:
         """The account with this instance or, failing that, this name; None if there is none."""

@@ -294,6 +294,11 @@ class BlockQueue:
 # --- ledger ---
 
 def ledger_file_name(device: str) -> str: ...
+def remove_ledger(directory: str, device: str) -> None:
+    """Removes the ledger of a device that no process has open for writing.
+
+    Raises InvalidArgumentError where one has, LedgerError for a file that is no ledger of ours.
+    """
 
 class Segment:
     @staticmethod

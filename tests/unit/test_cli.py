@@ -39,7 +39,9 @@ def test_list_shows_every_device_that_is_named(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in names) and done.stdout.count("both") == 2
     done = _run("list", "--json", **{**child_environment({}), **where})
-    assert [each["accounts"][0]["name"] for each in json.loads(done.stdout)] == ["both"] * 2
+    assert [each["accounts"][0]["name"] for each in json.loads(done.stdout)["devices"]] == [
+        "both"
+    ] * 2
     for each in (*accounts, *ledgers):
         each.close()
 

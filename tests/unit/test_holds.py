@@ -201,4 +201,4 @@ def test_importing_kvcached_brings_no_core() -> None:
     script = "import sys, kvcached; print([m for m in sys.modules if m.startswith('kvcached')])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "['kvcached']"
-    assert sorted(kvcached.__all__) == ["__version__", "hold"]
+    assert sorted(kvcached.__all__) == ["__version__", "hold", "open_pool"]

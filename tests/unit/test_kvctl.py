@@ -6,20 +6,23 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from kvctl_runs import Run
 from ledger_process import wait_until
-from page_pools import PAGE, PER_PAGE, Instance
+from page_pools import PAGE, PER_PAGE
+from played_engine import Engine
 
-from kvcached.cli import kvctl
 from kvcached.ledger import Ledger
 
 DEVICE = "host:test"
+COMMANDS = (
+    *("list", "watch", "limit", "limit-percent", "guarantee", "weight", "reclaim", "reserve"),
+    "delete",
+)
 PAGES = 16
 
 
@@ -32,33 +35,6 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
         yield opened
 
 
-class Engine:
-    """An instance with a thread that does what an idle engine does when the pressure rises."""
-
-    def __init__(self, ledger: Ledger, name: str, cached_pages: int, used_pages: int = 0) -> None:
-        self.one = Instance(ledger, name)
-        held = self.one.alloc((cached_pages + used_pages) * PER_PAGE)
-        self.one.carry()
-        self.one.blocks.free(held[used_pages * PER_PAGE :], cached=True)
-        self.one.pool.publish()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        account = self.one.account
-        seen = account.pressure_seq
-        while not self._over.is_set():
-            self.one.now_s += 1.0
-            self.one.pool.relieve()
-            self.one.carry()
-            seen = account.wait_pressure(seen, 0.02)
-
-    def close(self) -> None:
-        self._over.set()
-        self._thread.join()
-
-
 @pytest.fixture
 def engine(ledger: Ledger) -> Iterator[Engine]:
     """It holds 13 pages: its own one, 4 in use and 8 that it only caches."""
@@ -67,42 +43,23 @@ def engine(ledger: Ledger) -> Iterator[Engine]:
     played.close()
 
 
-class Ran:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["kvctl", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            kvctl.main()
-        out, err = capsys.readouterr()
-        return Ran(int(ended.value.code or 0), out, err)
-
-    return call
-
-
-def test_list_shows_every_device_and_every_number(ledger: Ledger, engine: Engine, run: Any) -> None:
-    found = run("list", "--json").json
+def test_list_shows_every_device_and_every_number(ledger: Ledger, engine: Engine, run: Run) -> None:
+    (found,) = run("list", "--json").json["devices"]
     (account,) = found["accounts"]
     assert found["device"] == DEVICE and found["charge"] == 13 * PAGE == account["charge"]
     assert found["free"] == 3 * PAGE and account["misses"] == 12 * PER_PAGE
     table = run("list")
     assert table.code == 0 and "chat" in table.out and "832 KiB" in table.out
     with Ledger.open(ledger.path.parent, "host:other", PAGE):
-        assert [each["device"] for each in run("list", "--json").json] == ["host:other", DEVICE]
-        assert run("list", "--device", "host:other", "--json").json["capacity"] == PAGE
+        several = run("list", "--json").json["devices"]
+        assert [each["device"] for each in several] == ["host:other", DEVICE]
+        (one,) = run("list", "--device", "host:other", "--json").json["devices"]
+        assert one["capacity"] == PAGE
         several = run("limit", "chat", "1MiB")
         assert several.code == 2 and "host:other" in several.err
 
 
-def test_a_limit_takes_effect_at_once_and_says_what_is_left(engine: Engine, run: Any) -> None:
+def test_a_limit_takes_effect_at_once_and_says_what_is_left(engine: Engine, run: Run) -> None:
     start_s = time.monotonic()
     done = run("limit", "chat", f"{8 * PAGE}", "--json").json
     assert time.monotonic() - start_s < 1
@@ -113,13 +70,13 @@ def test_a_limit_takes_effect_at_once_and_says_what_is_left(engine: Engine, run:
     assert run("limit", "chat", "none", "--json").json["limit"] is None
 
 
-def test_a_percentage_is_of_the_capacity(engine: Engine, run: Any) -> None:
+def test_a_percentage_is_of_the_capacity(engine: Engine, run: Run) -> None:
     done = run("limit-percent", "chat", "50", "--json").json
     assert (done["limit"], done["charge"]) == (8 * PAGE, 8 * PAGE)
     assert run("limit-percent", "chat", "101").code == 2
 
 
-def test_guarantee_and_weight_are_set_or_refused(ledger: Ledger, engine: Engine, run: Any) -> None:
+def test_guarantee_and_weight_are_set_or_refused(ledger: Ledger, engine: Engine, run: Run) -> None:
     other = ledger.join("other", "other")
     done = run("guarantee", "other", f"{6 * PAGE}", "--json").json
     assert done["guarantee"] == 6 * PAGE
@@ -133,7 +90,7 @@ def test_guarantee_and_weight_are_set_or_refused(ledger: Ledger, engine: Engine,
     assert run("weight", "chat", "0").code == 2
 
 
-def test_reclaim_takes_what_is_asked_for_or_all(engine: Engine, run: Any) -> None:
+def test_reclaim_takes_what_is_asked_for_or_all(engine: Engine, run: Run) -> None:
     done = run("reclaim", "chat", f"{2 * PAGE}", "--json").json
     assert (done["given"], done["charge"], done["answered"]) == (2 * PAGE, 11 * PAGE, True)
     rest = run("reclaim", "chat")
@@ -142,16 +99,16 @@ def test_reclaim_takes_what_is_asked_for_or_all(engine: Engine, run: Any) -> Non
 
 
 def test_an_engine_that_does_not_answer_is_said(
-    ledger: Ledger, run: Any, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvcached.cli.settings.ANSWER_S", 0.05)
+    monkeypatch.setattr("kvcached.control.ANSWER_S", 0.05)
     mute = ledger.join("mute", "mute")
     done = run("reclaim", "mute", "1MiB")
     assert done.code == 3 and "has not answered" in done.err
     mute.close()
 
 
-def test_wrong_names_and_sizes_are_one_line(ledger: Ledger, engine: Engine, run: Any) -> None:
+def test_wrong_names_and_sizes_are_one_line(ledger: Ledger, engine: Engine, run: Run) -> None:
     for arguments, words in (
         (("limit", "chart", "1MiB"), "no instance chart; there are: chat"),
         (("limit", "chat", "much"), "'much'"),
@@ -164,7 +121,7 @@ def test_wrong_names_and_sizes_are_one_line(ledger: Ledger, engine: Engine, run:
         assert done.code in (1, 2) and done.err.count("\n") == 1 and words in done.err, done.err
 
 
-def test_names_of_several_are_refused(ledger: Ledger, run: Any) -> None:
+def test_names_of_several_are_refused(ledger: Ledger, run: Run) -> None:
     two = [ledger.join(instance, "same") for instance in ("id-1", "id-2")]
     assert "id-1, id-2" in run("weight", "same", "2").err
     assert run("weight", "id-2", "2", "--json").json["name"] == "same"
@@ -211,7 +168,7 @@ def test_reserve_can_leave_a_holder_behind(ledger: Ledger, engine: Engine) -> No
 
 
 def test_reserve_says_who_uses_what_it_cannot_have(
-    ledger: Ledger, engine: Engine, run: Any, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, engine: Engine, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvcached.cli.reserving.GRACE_S", 0.1)
     done = run("reserve", f"{13 * PAGE}")
@@ -233,7 +190,7 @@ def test_it_starts_quickly_and_brings_no_engine() -> None:
 
 def test_every_command_has_examples_and_json() -> None:
     environment = {**os.environ, "COLUMNS": "100"}
-    for command in ("list", "limit", "limit-percent", "guarantee", "weight", "reclaim", "reserve"):
+    for command in COMMANDS:
         done = subprocess.run(
             [sys.executable, "-m", "kvcached.cli.kvctl", command, "--help"],
             capture_output=True,

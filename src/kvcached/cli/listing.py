@@ -1,83 +1,80 @@
-"""``kvcached list`` and ``kvctl list``: what a ledger says, as a table or as JSON."""
+"""``kvctl list``: what the ledgers say, as a table or as JSON.
+
+It answers within a tenth of a second, start-up included, so nothing here may import typer, rich or
+an engine: ``parse`` reads the command's own few words, and leaves all others to typer.
+"""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-from typing import Annotated, Any
-
-import typer
-from rich.console import Console
-from rich.table import Table
+import sys
+from collections.abc import Iterator, Sequence
 
 from kvcached import devices
+from kvcached.cli.edge import FAILED, complain, one_line
+from kvcached.cli.output import columns, document, ledger_fields
 from kvcached.config import Config
 from kvcached.errors import LedgerError
-from kvcached.ledger import Ledger
+from kvcached.observe import Observer
 from kvcached.snapshot import AccountSnapshot, LedgerSnapshot
 from kvcached.units import format_size
-
-Device = Annotated[
-    str, typer.Option(help="One device, such as host:default; all shared ones if not given.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _HEADINGS = ("charge", "in use", "cached", "warm", "demand", "guarantee", "limit", "weight", "hits")
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command to an app."""
-    app.command(name="list")(list_accounts)
-
-
-def list_accounts(device: Device = "", as_json: AsJson = False) -> None:
-    """The engines that share a device, and what each of them holds.
-
-    Examples:
-
-      kvctl list
-
-      kvcached list --device host:demo --json
-
-      kvctl list --json | jq .accounts[0].charge
+def parse(words: Sequence[str]) -> tuple[str, bool] | None:
+    """The device (empty: all) and whether JSON is wanted, where this is ``list`` with nothing but
+    its own options; None where typer should have a look.
     """
-    show(device or None, as_json)
+    if not words or words[0] != "list":
+        return None
+    device, as_json = "", False
+    rest = iter(words[1:])
+    for word in rest:
+        if word == "--json":
+            as_json = True
+        elif word == "--device":
+            device = next(rest, "-")
+            if device.startswith("-"):
+                return None
+        elif word.startswith("--device="):
+            device = word.removeprefix("--device=")
+        else:
+            return None
+    return device, as_json
 
 
-def show(device: str | None, as_json: bool) -> None:
-    """Prints one device, or all that are shared. Raises LedgerError where there is none."""
-    snapshots = [snapshot(name) for name in _names(device)]
+def show(device: str, as_json: bool) -> int:
+    """Prints one device, or all that are shared; returns the exit code.
+
+    A ledger that cannot be read is named on stderr, beside those that can. Raises LedgerError
+    where there is none to show.
+    """
+    with observer(device) as looks:
+        found = looks.read()
+        problems = looks.problems
+    if not found:
+        raise LedgerError("; ".join(problems.values()) or f"{looks.directory}: {NOTHING}")
+    for problem in problems.values():
+        complain("kvctl", problem)
     if as_json:
-        found = [as_dict(each) for each in snapshots]
-        typer.echo(json.dumps(found[0] if len(found) == 1 else found, indent=2))
-        return
-    for each in snapshots:
-        Console().print(_table(each))
+        print(document("list", {"devices": [ledger_fields(each) for each in found]}, indent=2))
+    else:
+        sys.stdout.write("".join(f"{line}\n" for each in found for line in table(each)))
+    return FAILED if problems else 0
 
 
-def _names(device: str | None) -> list[str]:
+NOTHING = "no device is shared here"
+
+
+def observer(device: str = "") -> Observer:
+    """Looks at a device, or at those of ``KVCACHED_DEVICE``, or at all that are shared."""
     config = Config.from_env()
-    if device or config.devices:
-        chosen = (device,) if device else config.devices
-        return list(dict.fromkeys(devices.find(config, name) for name in chosen))
-    if not (names := devices.shared(config.directory)):
-        raise LedgerError(f"{config.directory}: no device is shared here")
-    return names
+    chosen = (device,) if device else config.devices
+    return Observer(config.directory, tuple({devices.find(config, name): 0 for name in chosen}))
 
 
-def snapshot(device: str) -> LedgerSnapshot:
-    """A device's ledger now; takes no lock, creates nothing."""
-    directory = Config.from_env().directory
-    with Ledger.open(directory, device, create=False, read_only=True) as ledger:
-        return ledger.snapshot()
-
-
-def as_dict(found: LedgerSnapshot) -> dict[str, Any]:
-    """Everything that the ledger says, and the sums."""
-    return {**asdict(found), "charge": found.charge, "free": found.free}
-
-
-def _table(found: LedgerSnapshot) -> Table:
+def table(found: LedgerSnapshot) -> Iterator[str]:
+    """The lines of one device."""
     kept = {
         "headroom": found.headroom,
         "other programs": found.foreign,
@@ -85,24 +82,20 @@ def _table(found: LedgerSnapshot) -> Table:
         "free": found.free,
     }
     words = ", ".join(f"{name} {format_size(size)}" for name, size in kept.items() if size)
-    table = Table(
-        title=f"{found.device}: {format_size(found.capacity)} ({words})",
-        title_justify="left",
-    )
-    table.add_column("instance")
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="right")
-    for account in found.accounts:
-        table.add_row(_name(account), *_cells(account))
-    return table
+    capacity = format_size(found.capacity)
+    yield f"{found.device}: {capacity} ({words})" if words else f"{found.device}: {capacity}"
+    rows = [("instance", *_HEADINGS), *((label(a), *_cells(a)) for a in found.accounts)]
+    yield from columns(rows)
 
 
-def _name(account: AccountSnapshot) -> str:
+def label(account: AccountSnapshot) -> str:
+    """An instance's name and what is to say about its state."""
+    name = one_line(account.name)
     if not account.alive:
-        return f"{account.name} (dead)"
+        return f"{name} (dead)"
     if account.kept:
-        return f"{account.name} (keeps {format_size(account.kept)})"
-    return account.name if account.ready else f"{account.name} (starts)"
+        return f"{name} (keeps {format_size(account.kept)})"
+    return name if account.ready else f"{name} (starts)"
 
 
 def _cells(account: AccountSnapshot) -> list[str]:

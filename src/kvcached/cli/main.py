@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 
 import kvcached
-from kvcached.cli import bench, listing
-from kvcached.cli.edge import run
+from kvcached.cli import bench, reading
+from kvcached.cli.edge import run_app
 from kvcached.units import parse_size
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench.app, name="bench")
-listing.register(app)
+reading.register(app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -99,7 +99,7 @@ def demo(
 
 def main() -> None:
     """The process's edge."""
-    run(app, "kvcached")
+    run_app(app, "kvcached")
 
 
 if __name__ == "__main__":

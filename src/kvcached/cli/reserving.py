@@ -12,7 +12,9 @@ from typing import Annotated
 
 import typer
 
-from kvcached.cli.edge import NOT_NOW
+from kvcached.cli.edge import NOT_NOW, complain
+from kvcached.cli.options import AsJson, Device
+from kvcached.cli.output import document
 from kvcached.errors import ConfigError
 from kvcached.holds import Hold
 from kvcached.units import format_size
@@ -38,8 +40,8 @@ def reserve(
     detach: Annotated[
         bool, typer.Option("--detach", help="With --for: return once it is kept.")
     ] = False,
-    device: Annotated[str, typer.Option(help="The device, where engines share several.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = "",
+    as_json: AsJson = False,
 ) -> None:
     """Makes room for a training job or another engine: cached memory goes back until so much is
     really free on the device, and engines lease none of it while this command runs.
@@ -64,10 +66,7 @@ def reserve(
                 _say_no(hold, as_json)
                 raise typer.Exit(NOT_NOW)
             _say_yes(hold, time.monotonic() - start_s, as_json)
-            if watched is None:
-                select.select([], [], [])
-            else:
-                select.select([watched], [], [])
+            select.select([] if watched is None else [watched], [], [])
     except KeyboardInterrupt:
         raise typer.Exit from None
 
@@ -82,8 +81,9 @@ def _watch(pid: int) -> int:
 
 def _say_yes(hold: Hold, waited_s: float, as_json: bool) -> None:
     if as_json:
-        result = {"device": hold.device, "size": hold.size_bytes, "pid": os.getpid()}
-        typer.echo(json.dumps({**result, "kept": True, "waited_s": round(waited_s, 3)}))
+        result = {"device": hold.device, "size": hold.size_bytes, "kept": True}
+        more = {"pid": os.getpid(), "waited_s": round(waited_s, 3)}
+        typer.echo(document("reserve", {**result, **more}))
     else:
         typer.echo(f"{format_size(hold.size_bytes)} of {hold.device} are free and kept")
     sys.stdout.flush()  # somebody may wait for this line at the other end of a pipe
@@ -92,10 +92,10 @@ def _say_yes(hold: Hold, waited_s: float, as_json: bool) -> None:
 def _say_no(hold: Hold, as_json: bool) -> None:
     if as_json:
         result = {"device": hold.device, "size": hold.size_bytes, "kept": False}
-        typer.echo(json.dumps({**result, "holders": hold.holders()}))
+        typer.echo(document("reserve", {**result, "holders": hold.holders()}))
     else:
         size = format_size(hold.size_bytes)
-        typer.echo(f"kvctl: {size} of {hold.device} are not free: {hold.holders()}", err=True)
+        complain("kvctl", f"{size} of {hold.device} are not free: {hold.holders()}")
 
 
 def _detach(size: str, pid: int, wait: bool, timeout: float, device: str, as_json: bool) -> None:
