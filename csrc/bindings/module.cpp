@@ -34,7 +34,11 @@ void raise_if_failed(const Status& status) {
   }
   // kvcached.errors is pure Python and imports nothing of ours, so this cannot recurse.
   py::object type = py::module_::import("kvcached.errors").attr(name);
-  PyErr_SetString(type.ptr(), status.message().c_str());
+  // A damaged file's words may be quoted, and need not be text.
+  const std::string& message = status.message();
+  py::object text = py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
+      message.data(), static_cast<Py_ssize_t>(message.size()), "backslashreplace"));
+  PyErr_SetObject(type.ptr(), text.ptr());
   throw py::error_already_set();
 }
 

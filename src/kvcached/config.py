@@ -29,6 +29,7 @@ __all__ = [
     "default_capacity",
     "default_directory",
     "is_device",
+    "variable_of_an_engine",
     "variables",
 ]
 
@@ -293,6 +294,11 @@ def _variables_by_field() -> dict[str, Variable]:
 def is_device(name: str) -> bool:
     """Whether this can be a device's name."""
     return _DEVICE.fullmatch(name) is not None
+
+
+def variable_of_an_engine(name: str) -> str | None:
+    """What a variable that belongs to an engine says, such as ``VLLM_PLUGINS``; for tools."""
+    return os.environ.get(name)
 
 
 def child_environment(changes: Mapping[str, str]) -> dict[str, str]:

@@ -17,6 +17,16 @@ class _Memory(ctypes.Structure):
                 ("used", ctypes.c_ulonglong))  # fmt: skip
 
 
+class _Process(ctypes.Structure):
+    _fields_ = (("pid", ctypes.c_uint), ("used", ctypes.c_ulonglong),
+                ("gpu_instance", ctypes.c_uint), ("compute_instance", ctypes.c_uint))  # fmt: skip
+
+
+_INSUFFICIENT_SIZE = 7
+_NOT_AVAILABLE = (1 << 64) - 1
+"""The library's word for a size that it cannot tell, as inside containers."""
+
+
 class Gpu:
     """One GPU, found by its UUID. Any thread may ask.
 
@@ -37,8 +47,32 @@ class Gpu:
         self._call("nvmlDeviceGetMemoryInfo", self._handle, ctypes.byref(memory))
         return int(memory.total - memory.free), int(memory.total)
 
+    def processes(self) -> dict[int, int]:
+        """The processes with a CUDA context here, and how many bytes each of them holds (0 where
+        the library cannot tell). Their ids are the host's, also inside a container.
+        """
+        # The library answers how many there are; a few may have started meanwhile.
+        count = ctypes.c_uint(0)
+        while True:
+            found = (_Process * count.value)()
+            name = "nvmlDeviceGetComputeRunningProcesses_v3"
+            result = getattr(self._library, name)(self._handle, ctypes.byref(count), found)
+            if result != _INSUFFICIENT_SIZE:
+                break
+            count.value += 4
+        _check(self._library, result, f"{name} for {self.uuid}")
+        sizes = {each.pid: each.used for each in found[: count.value]}
+        return {pid: 0 if used == _NOT_AVAILABLE else used for pid, used in sizes.items()}
+
     def _call(self, name: str, *arguments: object) -> None:
         _check(self._library, getattr(self._library, name)(*arguments), f"{name} for {self.uuid}")
+
+
+def uuids() -> list[str]:
+    """The UUIDs of the machine's GPUs, in the order of the PCI bus. Raises as ``Gpu``."""
+    library, count = _open(), ctypes.c_uint()
+    _check(library, library.nvmlDeviceGetCount_v2(ctypes.byref(count)), "nvmlDeviceGetCount_v2")
+    return [uuid_of(index) for index in range(count.value)]
 
 
 def uuid_of(index: int) -> str:

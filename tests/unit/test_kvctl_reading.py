@@ -344,6 +344,8 @@ def test_any_value_is_taken_or_refused_in_one_line(
 def test_a_damaged_ledger_is_listed_or_refused_in_one_line(
     data: st.DataObject, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    path = folder / "ledger-host-test"
+    path.unlink(missing_ok=True)
     with Ledger.open(folder, DEVICE, CAPACITY) as ledger:
         account = ledger.join("id", "chat")
         image = bytearray(ledger.path.read_bytes())
@@ -353,7 +355,6 @@ def test_a_damaged_ledger_is_listed_or_refused_in_one_line(
         piece = data.draw(st.binary(min_size=1, max_size=64))
         image[at : at + len(piece)] = piece
     size = data.draw(st.sampled_from([len(image), len(image) - 1, 100, 0]))
-    path = folder / "ledger-host-test"
     path.unlink()
     path.write_bytes(image[:size])
     path.chmod(0o600)
@@ -366,4 +367,3 @@ def test_a_damaged_ledger_is_listed_or_refused_in_one_line(
         out, err = capsys.readouterr()
         assert ended.value.code in (0, 1, 2) and err.count("\n") <= 1
         assert "Traceback" not in out + err
-    path.unlink()

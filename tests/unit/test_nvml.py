@@ -34,6 +34,16 @@ int nvmlDeviceGetUUID(void *handle, char *uuid, unsigned size) {
   strcpy(uuid, "GPU-0a");
   return 0;
 }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 0; return started ? 0 : 1; }
+typedef struct { unsigned pid; unsigned long long used; unsigned a, b; } Process;
+int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, Process *found) {
+  if (handle != &gpu) return 6;
+  if (*count < 2) { *count = 2; return 7; }
+  found[0] = (Process){12, 5ull << 30, 0, 0};
+  found[1] = (Process){13, ~0ull, 0, 0};
+  *count = 2;
+  return 0;
+}
 int nvmlDeviceGetMemoryInfo(void *handle, Memory *memory) {
   if (handle != &gpu) return 6;
   /* as the driver does it: what it keeps for itself is neither free nor used */
@@ -75,3 +85,9 @@ def test_without_a_driver_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(nvml, "_LIBRARY", str(tmp_path / "libnvidia-ml.so.1"))
     with pytest.raises(UnavailableError, match="libnvidia-ml"):
         nvml.Gpu("GPU-0a")
+
+
+def test_processes_and_what_they_hold(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "_LIBRARY", str(library))
+    assert nvml.Gpu("GPU-0a").processes() == {12: 5 << 30, 13: 0}
+    assert nvml.uuids() == []

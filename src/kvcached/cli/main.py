@@ -11,6 +11,7 @@ from rich.console import Console
 
 import kvcached
 from kvcached.cli import bench, reading
+from kvcached.cli.doctor import command as doctor
 from kvcached.cli.edge import run_app
 from kvcached.units import parse_size
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 
 app.add_typer(bench.app, name="bench")
 reading.register(app)
+doctor.register(app)
 
 
 def _print_version(wanted: bool) -> None:

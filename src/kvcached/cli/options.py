@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 
 from kvcached.config import Config
-from kvcached.devices import shared
 from kvcached.errors import KvcachedError
-from kvcached.observe import Observer
 
 
 def complete_name(incomplete: str) -> list[str]:
     """Instances whose names begin so."""
+    from kvcached.observe import Observer
+
     try:
         with Observer(Config.from_env().directory) as looks:
             names = {a.name for each in looks.read() for a in each.accounts}
@@ -24,6 +24,8 @@ def complete_name(incomplete: str) -> list[str]:
 
 def complete_device(incomplete: str) -> list[str]:
     """Devices whose names begin so."""
+    from kvcached.devices import shared
+
     try:
         names = shared(Config.from_env().directory)
     except KvcachedError:

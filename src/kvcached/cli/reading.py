@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from kvcached.cli import listing, watching
 from kvcached.cli.options import AsJson
 
 Device = Annotated[
@@ -35,6 +34,8 @@ def list_accounts(device: Device = "", as_json: AsJson = False) -> int:
 
       kvctl list --json | jq '.devices[].accounts[] | {name, charge}'
     """
+    from kvcached.cli import listing  # the core is loaded where it is needed: see the doctor
+
     return listing.show(device, as_json)
 
 
@@ -60,4 +61,6 @@ def watch(
 
       kvctl watch --events --json | jq 'select(.event == "refused")'
     """
+    from kvcached.cli import watching
+
     return watching.watch(device, interval, count, events, as_json)
