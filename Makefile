@@ -5,7 +5,7 @@ BOOTSTRAP ?= python3
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test lint bench matrix chaos soak clean
+.PHONY: help env build demo test lint bench matrix chaos soak programs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ chaos: build  ## every kill and stop of every process, ten times each (long)
 soak: build  ## many seeds of the simulation (long)
 	@echo "== soak: seeded simulation"
 	@$(PYTHON) -m pytest -m "slow" tests/sim $(TEST_ARGS)
+
+programs:  ## bring prometheus and chromium for the exporter's tests (Debian, Ubuntu)
+	@echo "== programs: build/debian/ with prometheus and chromium"
+	@$(BOOTSTRAP) tools/operator_programs.py
 
 clean:  ## remove .venv*/, build/ and compiled files
 	@echo "== clean: .venv*/, build/ and compiled files"

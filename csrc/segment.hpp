@@ -25,6 +25,7 @@ struct MemberView {
   uint32_t pid;
   bool alive;
   int64_t created, demand, set_aside, to_come;
+  int64_t created_ever, released_ever;  // by all holders of the row: they only grow
 };
 
 struct AccountView {

@@ -58,7 +58,8 @@ AccountView Segment::view_account(uint32_t index) const {
     int64_t demand = charges::load(member.demand);
     view.demand += demand;
     view.members.push_back({i, member.pid.load(), false, charges::held(member), demand,
-                            charges::load(member.set_aside), charges::to_come(header(), member)});
+                            charges::load(member.set_aside), charges::to_come(header(), member),
+                            charges::load(member.created), charges::load(member.released)});
   }
   return view;
 }

@@ -62,6 +62,8 @@ py::dict member_dict(const MemberView& view) {
   out["demand"] = view.demand;
   out["set_aside"] = view.set_aside;
   out["to_come"] = view.to_come;
+  out["created_ever"] = view.created_ever;
+  out["released_ever"] = view.released_ever;
   return out;
 }
 

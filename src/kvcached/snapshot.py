@@ -28,6 +28,10 @@ class MemberSnapshot:
     """
     to_come: int
     """What of them is kept from leases now: foreign memory has not grown by it yet."""
+    created_ever: int
+    """Bytes created so far by all processes that held this row: it only grows."""
+    released_ever: int
+    """The same of bytes that are gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,16 @@ class AccountSnapshot:
         """Every process of the instance that the ledger knows, without repetition."""
         owner = () if self.owner_pid is None else (self.owner_pid,)
         return tuple(dict.fromkeys((*owner, *(member.pid for member in self.members))))
+
+    @property
+    def created_ever(self) -> int:
+        """Bytes of pages that came, so far. Begins anew when a member leaves."""
+        return sum(member.created_ever for member in self.members)
+
+    @property
+    def released_ever(self) -> int:
+        """Bytes of pages that went, so far. Begins anew when a member leaves."""
+        return sum(member.released_ever for member in self.members)
 
     @property
     def kept(self) -> int:

@@ -13,6 +13,7 @@ import kvcached
 from kvcached.cli import bench, reading
 from kvcached.cli.doctor import command as doctor
 from kvcached.cli.edge import run_app
+from kvcached.cli.exporter import command as exporter
 from kvcached.units import parse_size
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 reading.register(app)
 doctor.register(app)
+exporter.register(app)
 
 
 def _print_version(wanted: bool) -> None:

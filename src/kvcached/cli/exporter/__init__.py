@@ -1,0 +1,1 @@
+"""``kvcached exporter``: the ledgers as Prometheus metrics and as a page; see docs/operating.md."""
