@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from page_pools import PER_PAGE, Instance
+from page_pools import PAGE, PER_PAGE, Instance
 
 from kvcached.ledger import Ledger
 
@@ -14,6 +14,7 @@ class Engine:
 
     def __init__(self, ledger: Ledger, name: str, cached_pages: int, used_pages: int = 0) -> None:
         self.one = Instance(ledger, name)
+        self.one.account.describe(PAGE // PER_PAGE, 16, PAGE)
         held = self.one.alloc((cached_pages + used_pages) * PER_PAGE)
         self.one.carry()
         self.one.blocks.free(held[used_pages * PER_PAGE :], cached=True)

@@ -1,0 +1,1 @@
+"""``kvtop``: devices and instances, live in a terminal."""
