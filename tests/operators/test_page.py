@@ -155,3 +155,9 @@ def test_it_says_when_the_exporter_is_gone(
         expect(opened.locator("tbody form").first).to_be_hidden()
     expect(opened.locator("#status")).to_contain_text("no answer")
     opened.close()
+
+
+def test_sizes_are_written_as_by_the_other_tools(page: Page) -> None:
+    sizes = [0, 1, 1023, 1024, 1536, 6553600, 5 << 30, -(3 << 20), *(n * 65536 for n in range(400))]
+    shown = page.evaluate("sizes => sizes.map(sizeText)", sizes)
+    assert shown == [format_size(size) for size in sizes]

@@ -102,11 +102,18 @@ function drawBar(svg, account, capacity, colour) {
   }
 }
 
+// As Python rounds, so that all tools show the same: a half goes to the even neighbour.
+function tenths(value) {
+  const rounded = Math.round(value * 10);
+  const half = Math.abs((value * 10) % 1) === 0.5;
+  return (half && rounded % 2 !== 0 ? rounded - 1 : rounded) / 10;
+}
+
 function sizeText(bytes) {
   let value = bytes;
   for (const unit of ["B", "KiB", "MiB", "GiB", "TiB"]) {
     if (Math.abs(value) < 1024 || unit === "TiB") {
-      return `${value.toFixed(1).replace(/\.0$/, "")} ${unit}`;
+      return `${tenths(value).toFixed(1).replace(/\.0$/, "")} ${unit}`;
     }
     value /= 1024;
   }
