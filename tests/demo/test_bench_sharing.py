@@ -67,3 +67,15 @@ def test_the_command_prints_a_table_or_json(
     assert (asked["instances"], asked["budget_bytes"], asked["model"]) == (4, 64 << 20, None)
     answer = CliRunner().invoke(app, [*arguments, "--json"])
     assert json.loads(answer.stdout)["idle"]["rounds"] == 3
+
+
+def test_watchers_are_there_and_cost_little() -> None:
+    """The figure is the benchmark's; here all three look at the ledger, and none of them dies."""
+    done = CliRunner().invoke(
+        app, ["bench", "watchers", "--pairs", "1", "--seconds", "0.3", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert set(found["ratio"]) == {"alloc_us", "free_us", "lease_us"}
+    # Two per cent is the aim of a quiet machine; a test runs beside others.
+    assert all(0.2 < ratio < 5 for ratio in found["ratio"].values()), found["ratio"]

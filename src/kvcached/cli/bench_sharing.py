@@ -1,4 +1,4 @@
-"""``kvcached bench hits``, ``reclaim`` and ``idle``: what sharing gives, and what it costs."""
+"""``kvcached bench hits``, ``reclaim``, ``idle``, ``watchers``: what sharing gives and costs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
     app.command()(hits)
     app.command()(reclaim)
     app.command()(idle)
+    app.command()(watchers)
 
 
 def hits(
@@ -175,3 +176,32 @@ def _reclaim_table(result: dict[str, Any]) -> Table:
         ]
         table.add_row(words, str(figures["rounds"]), *spreads, f"{figures['ttft_ratio']:.3f}")
     return table
+
+
+def watchers(
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of phases, watched and alone.")] = 10,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a phase.")] = 2.0,
+    as_json: AsJson = False,
+) -> None:
+    """Whether kvctl watch, kvtop and the exporter slow an engine's allocations and leases.
+
+    Examples:
+
+      kvcached bench watchers
+
+      kvcached bench watchers --pairs 20 --json | jq .ratio
+    """
+    from kvcached.bench.watchers import run
+
+    console = Console(stderr=as_json)
+    result = run(pairs, seconds, lambda text: console.print(text, highlight=False))
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    table = Table(title="Medians, microseconds an operation", title_justify="left")
+    for heading in ("operation", "alone", "watched", "ratio"):
+        table.add_column(heading, justify="left" if heading == "operation" else "right")
+    for key, ratio in result["ratio"].items():
+        alone, watched = result["alone_us"][key], result["watched_us"][key]
+        table.add_row(key.removesuffix("_us"), f"{alone:.3f}", f"{watched:.3f}", f"{ratio:.3f}")
+    console.print(table)

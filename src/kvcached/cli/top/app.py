@@ -69,7 +69,12 @@ class KvTop(App[None]):
         with Vertical():
             yield Static(id="title", markup=False)
             yield Static(id="spark", markup=False)
-            yield DataTable(id="table", cell_padding=0, cursor_type="row", zebra_stripes=False)
+            yield DataTable(
+                id="table",
+                cell_padding=0,
+                cursor_type="row",
+                cursor_foreground_priority="renderable",
+            )
             yield Static(id="said", markup=False)
             yield Input(id="ask", select_on_focus=False)
         yield Footer(compact=True)

@@ -22,7 +22,8 @@ async function poll() {
       take(news);
     }
     wait_s = Math.min(5, Math.max(0.1, news.interval_s));
-    say(`${news.devices.length} devices, ${new Date().toLocaleTimeString()}`, false);
+    const count = news.devices.length;
+    say(`${count} ${count === 1 ? "device" : "devices"}, ${new Date().toLocaleTimeString()}`, false);
   } catch (error) {
     say(`no answer from the exporter (${error.message})`, true);
   }
