@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable
 
 from kvcached import vmm_ops
 
@@ -33,3 +35,18 @@ def end_with_parent(*others: int) -> None:
     parent = multiprocessing.parent_process()  # who started us, even if it is gone already
     pid = os.getppid() if parent is None or parent.pid is None else parent.pid
     end_with({pid, *others})
+
+
+def end_with_found(
+    find: Callable[[], Iterable[int] | None], grace_s: float = 0.0, every_s: float = 0.1
+) -> None:
+    """``end_with`` the pids that ``find`` returns, as soon as it returns some: until then a thread
+    asks it again, every ``every_s`` seconds. Returns at once.
+    """
+
+    def look() -> None:
+        while (pids := find()) is None:
+            time.sleep(every_s)
+        end_with(pids, grace_s)
+
+    threading.Thread(target=look, name="kvcached-follow", daemon=True).start()

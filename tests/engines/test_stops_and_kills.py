@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+from pathlib import Path
 from statistics import median
 
 import chaos
 import pytest
-from harness import Pair, p99
+from harness import MAX_TOKENS, MIB, PROMPTS, LlmProcess, Pair, p99, switched_on, wait_until
+
+from kvcached.ledger import Ledger
 
 
 @pytest.mark.parametrize("what", ["core", "worker"])
@@ -23,6 +28,31 @@ def test_the_death_of_one_process_ends_the_instance(
     killed = chaos.kill(pair, what, after_s=0.7, expected=plain)
     # That it happens; how fast is measured by make chaos, on a machine that does nothing else.
     print(killed)
+
+
+@pytest.mark.parametrize("what", ["core", "worker"])
+def test_who_waits_for_an_engine_hears_of_its_death(model: Path, tmp_path: Path, what: str) -> None:
+    """A program with an engine of its own, which waits for the next output all the time."""
+    job = {
+        "task": "until_it_dies",
+        "model": str(model),
+        "prompts": PROMPTS,
+        "max_tokens": MAX_TOKENS,
+        "arguments": {},
+    }
+    changes = switched_on(tmp_path, 64 * MIB, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    with LlmProcess(tmp_path / "llm", job, changes) as process:
+        assert process.answer(120) == {"error": None}
+        with Ledger.open(tmp_path / "ledger", changes["KVCACHED_DEVICE"], create=False) as ledger:
+            wait_until(lambda: any(a.in_use for a in ledger.snapshot().accounts), 30, "it works")
+            (account,) = ledger.snapshot().accounts
+            (member,) = account.members
+            assert account.owner_pid is not None
+            os.kill(account.owner_pid if what == "core" else member.pid, signal.SIGKILL)
+            assert process.process.wait(timeout=20) == 0, process.log_tail()
+            assert process.answer(1) == {"error": "EngineDeadError"}
+            ledger.reap()
+            assert ledger.snapshot().accounts == ()
 
 
 def many(pair: Pair, plain: list[list[int]]) -> None:

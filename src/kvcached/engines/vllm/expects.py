@@ -23,6 +23,7 @@ FRONT = {
         "self, reset_running_requests=, reset_connector="
     ),
     "vllm.v1.engine.core:EngineCoreProc.run_busy_loop": "self",
+    "vllm.v1.engine.core_client:MPClient.shutdown": "self, timeout=",
 }
 
 _POOL = "vllm.v1.core.block_pool:BlockPool"

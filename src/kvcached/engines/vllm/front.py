@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import threading
-import time
+import queue
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,16 +88,25 @@ def _number(parallel: Any, name: str) -> int:
 def follow_engine(ledgers: Sequence[Ledger], instance: str) -> None:
     """Ends this server soon after its engine process or a worker has ended."""
 
-    def run() -> None:
-        while True:
-            accounts = [ledger.snapshot().account(instance) for ledger in ledgers]
-            owned = [each for each in accounts if each is not None and each.owner_pid is not None]
-            if len(owned) == len(ledgers):
-                watch.end_with((pid for each in owned for pid in each.pids), grace_s=FAREWELL_S)
-                return
-            time.sleep(0.1)
+    def find() -> set[int] | None:
+        accounts = [ledger.snapshot().account(instance) for ledger in ledgers]
+        owned = [each for each in accounts if each is not None and each.owner_pid is not None]
+        if len(owned) < len(ledgers):
+            return None
+        return {pid for each in owned for pid in each.pids}
 
-    threading.Thread(target=run, name="kvcached-follow", daemon=True).start()
+    watch.end_with_found(find, FAREWELL_S)
+
+
+def release_caller(client: Any) -> None:
+    """Lets a caller who waits for the next output of an engine that has died know that: vLLM itself
+    says so only where the engine could still say it.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    outputs = getattr(client, "outputs_queue", None)
+    if client.resources.engine_dead and isinstance(outputs, queue.Queue):
+        outputs.put_nowait(EngineDeadError())
 
 
 def check_request(vllm_config: Any, request: Any) -> None:

@@ -63,6 +63,14 @@ def ended(engine: Any) -> None:
         engine.scheduler.shutdown()
 
 
+def left_alone(client: Any) -> None:
+    """At the end of ``MPClient.shutdown``, which vLLM calls when the engine's process has ended."""
+    if Config.from_env().enabled:
+        from kvcached.engines.vllm import front
+
+        front.release_caller(client)
+
+
 def _attach(engine: Any) -> None:
     if Config.from_env().enabled:
         from kvcached.engines.vllm import idle

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
+from vllm.v1.engine.core_client import MPClient
 
 from kvcached.engines.base import Seam
 from kvcached.engines.vllm import hooks
@@ -67,6 +68,20 @@ def common(processor: type) -> Sequence[Seam]:
         Seam(EngineCore, "__init__", _init),
         Seam(EngineCoreProc, "run_busy_loop", _run_busy_loop),
     )
+
+
+def _shutdown_client(original: Any) -> Any:
+    @functools.wraps(original)
+    def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        hooks.left_alone(self)
+
+    return shutdown
+
+
+def client() -> Seam:
+    """For versions whose client watches the engine's process."""
+    return Seam(MPClient, "shutdown", _shutdown_client)
 
 
 def shutdown() -> Seam:

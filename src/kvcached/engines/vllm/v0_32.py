@@ -8,7 +8,7 @@ from kvcached.engines.base import Seam
 from kvcached.engines.vllm import expects, scheduling
 from kvcached.engines.vllm import tensors_0_32 as tensors
 from kvcached.engines.vllm.layers import used_backends
-from kvcached.engines.vllm.seams import common
+from kvcached.engines.vllm.seams import client, common
 from kvcached.engines.vllm.steps import new_blocks
 
 __all__ = [
@@ -26,4 +26,4 @@ PLATFORMS = ("cpu",)
 
 def seams() -> Sequence[Seam]:
     """What is replaced in vLLM's own code."""
-    return common(InputProcessor)
+    return (*common(InputProcessor), client())

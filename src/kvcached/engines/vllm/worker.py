@@ -12,7 +12,16 @@ from kvcached import foreign, watch
 from kvcached.cache import PageMapper
 from kvcached.config import Config
 from kvcached.engines.registry import OFF
-from kvcached.engines.vllm import adapter, backends, device, geometry, identity, selftest, start
+from kvcached.engines.vllm import (
+    adapter,
+    backends,
+    device,
+    geometry,
+    identity,
+    ranks,
+    selftest,
+    start,
+)
 from kvcached.engines.vllm.start import GpuStart
 from kvcached.engines.vllm.zeros import AnswerZeros
 from kvcached.errors import EngineError, KvcachedError
@@ -45,10 +54,13 @@ class ElasticWorker:
         # The ledger's lock before everything else: at death the kernel drops it after what is
         # numbered above it, the memory and the driver's own files.
         self._ledger = device.open_ledger(config, self._device)
+        names = [each.name for each in devices.distinct]
+        if who.ranks > 1:
+            ranks.follow(config.directory, names, who)
         if self._device.memory is None:
             return super().init_device()  # type: ignore[misc]
         self._start = GpuStart(self._ledger, self._device.memory, who)
-        with self._start.in_turn([each.name for each in devices.distinct]):
+        with self._start.in_turn(names):
             self._start.wait_for_room(start.needed_bytes(self.vllm_config))
         with start.without_memory_check():
             return super().init_device()  # type: ignore[misc]
@@ -81,9 +93,9 @@ class ElasticWorker:
         backend = self._device.open_backend(self.device.index or 0, self._ledger.lock_fd)
         layout, zero_holes = shape.layout(plan.runs, backend.granularity), config.unmapped == "zero"
         pinned = layout.page_bytes + (layout.zero_bytes if zero_holes else 0)
-        ranks = self._ranks_here
-        member = self._ledger.attach(who.instance, who.name, pinned * ranks)
-        member.describe(shape.block_bytes * ranks, shape.block_tokens, shape.page_bytes * ranks)
+        each = self._ranks_here
+        member = self._ledger.attach(who.instance, who.name, pinned * each)
+        member.describe(shape.block_bytes * each, shape.block_tokens, shape.page_bytes * each)
         self.mapper = PageMapper(
             self._ledger,
             member,
