@@ -24,8 +24,9 @@ from fleet import Fleet
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "kvcached": {"elastic": True},
+    "block": {"elastic": True, "layout": "block"},  # all layers of a block together
     # All pages are mapped before the work and stay: what is left is the layout's cost.
-    "mapped": {"elastic": True, "warm_pages": 1400},
+    "mapped": {"elastic": True, "layout": "block", "warm_pages": 1400},
     "layers": {"elastic": True, "layout": "layer", "warm_pages": 700},  # mapped as well
     "pages64": {"elastic": True, "page_mib": 64},
     "pages128": {"elastic": True, "page_mib": 128},

@@ -231,7 +231,8 @@ class Config:
         "shared page of zeros, for kernels that read where they should not (see architecture.md).")
     layout: str = _setting(
         "KVCACHED_LAYOUT", _choice("auto", "block", "layer"), "auto", "auto", "auto, block, layer",
-        "Whether a block's layers lie together or each apart; `auto` asks the attention backend.")
+        "Whether a block's layers lie together or each apart; `auto` asks the attention backend, "
+        "and divides large blocks on a GPU into up to four groups of layers.")
     map_timeout_s: float = _setting(
         "KVCACHED_MAP_TIMEOUT", _number(0, 3600, "seconds, from 0 to 3600"), 30.0, "30",
         "seconds, from 0 to 3600",

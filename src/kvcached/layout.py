@@ -43,13 +43,20 @@ class PageLimits:
     max_tokens: int
     min_bytes: int
     max_bytes: int
+    max_runs: int = 1
+    """Into how many groups of layers a block may be divided, each with a handle of its own in every
+    page. Attention reads one layer at a time: the nearer its blocks, the fewer addresses the
+    device has to translate.
+    """
+    min_run_bytes: int = 1  # of a block in each such group
 
     def __post_init__(self) -> None:
         if not (0 < self.min_tokens <= self.max_tokens and 0 < self.min_bytes <= self.max_bytes):
             raise InvalidArgumentError(f"page limits are not ordered: {self}")
 
 
-CUDA_LIMITS = PageLimits(256, 1024, 2 * MIB, 64 * MIB)  # the driver charges for each handle
+# The driver charges for each handle; what runs are worth: docs/performance.md.
+CUDA_LIMITS = PageLimits(256, 1024, 2 * MIB, 64 * MIB, max_runs=4, min_run_bytes=512 * KIB)
 HOST_LIMITS = PageLimits(64, 1024, 64 * KIB, 8 * MIB)  # the kernel charges for each byte
 
 

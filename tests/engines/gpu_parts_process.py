@@ -4,6 +4,7 @@ test_gpu_parts.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,11 +96,16 @@ class Hybrid:
         )
         groups = kv_cache_utils.get_kv_cache_groups(vllm_config, specs)
         self.config = kv_cache_utils.get_kv_cache_config_from_groups(vllm_config, groups, 1 << 30)
-        self.specs = {
-            name: getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
-            for group in groups
-            for name in group.layer_names
-        }
+        self.specs = specs_of(self.config)
+
+
+def specs_of(cache_config: Any) -> dict[str, Any]:
+    """Each layer's specification."""
+    return {
+        name: getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
+        for group in cache_config.kv_cache_groups
+        for name in group.layer_names
+    }
 
 
 def hybrids() -> list[Hybrid]:
@@ -143,10 +149,14 @@ def check_layouts(order: str) -> None:
             latent = TritonMLABackend in used.values()
             if order == "HND" and wanted == "block" and not latent:
                 continue  # refused: check_backend
-            plan = backends.decide(used, hybrid.config, tensors, wanted, "auto")
             new = latent or order == "HND"
-            assert plan.block_outermost == (wanted == "block" or (wanted == "auto" and not new))
-            check_places(hybrid, used, plan)
+            for most in (1, 3):
+                limits = replace(HOST_LIMITS, max_runs=most)
+                plan = backends.decide(used, hybrid.config, tensors, wanted, "auto", limits)
+                assert plan.block_outermost == (wanted == "block" or (wanted == "auto" and not new))
+                if wanted == "auto" and not new and len(hybrid.config.kv_cache_tensors) == 3:
+                    assert len(plan.runs) == most
+                check_places(hybrid, used, plan)
 
 
 def check_places(hybrid: Hybrid, used: dict[str, Any], plan: Any) -> None:
@@ -162,7 +172,7 @@ def check_places(hybrid: Hybrid, used: dict[str, Any], plan: Any) -> None:
         SimpleNamespace(
             kv_cache_group_id=0, kv_cache_spec=spec, backend=used[name], layer_names=[name]
         )
-        for name, spec in hybrid.specs.items()
+        for name, spec in specs_of(placed).items()
     ]
     owners = torch.full((layout.size_bytes,), -1, dtype=torch.int64)
     for group in groups:

@@ -40,9 +40,24 @@ class Tensor32:
 
 
 @dataclass
+class Spec:
+    """What all layers of a group are, as far as the tensors' places depend on it."""
+
+    bytes: int
+    page_size_padded: int | None = None
+
+
+@dataclass
+class Group:
+    layer_names: list[str]
+    kv_cache_spec: Spec
+
+
+@dataclass
 class Config:
     num_blocks: int
     kv_cache_tensors: list[Any] = field(default_factory=list)
+    kv_cache_groups: list[Group] = field(default_factory=list)
     kv_cache_layout: str | None = None
 
 
@@ -106,6 +121,42 @@ def test_0_24_every_byte_of_a_block_belongs_to_one_layer(
             assert places[f"g{group}.{layer}"] == places[f"g0.{layer}"]
     assert -1 not in owner, "a byte of a page that nobody uses"
     assert before == config_24(*shape), "the engine's own configuration is left as it was"
+
+
+NUMBERS = (st.integers(1, most) for most in (5, 4, 24, 40, 8))
+
+
+@given(*NUMBERS)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_0_24_groups_of_layers_lie_on_their_pages(
+    each: int, runs: int, size: int, blocks: int, per_page: int
+) -> None:
+    """Where vLLM's views have a block, with the stride of the specifications and counted by the
+    tensor's size, the layout has it; and no view ends outside of the arena.
+    """
+    layers, stride = each * runs, each * size
+    before = Config(
+        blocks,
+        [Tensor24(size * blocks, [f"l{n}"]) for n in range(layers)],
+        [Group([f"l{n}" for n in range(layers)], Spec(size))],
+    )
+    assert tensors_0_24.groups(before, runs, stride) == runs
+    assert tensors_0_24.groups(before, runs, stride * runs + 1) == 1
+    in_pages = -(-(blocks + 1) // per_page) * per_page
+    layout = BlockLayout.layer_outermost(in_pages, [stride] * runs, per_page, 1)
+    after = tensors_0_24.grouped(before, runs, in_pages)
+    (group,) = after.kv_cache_groups
+    assert group.kv_cache_spec.page_size_padded == stride
+    assert before.kv_cache_groups[0].kv_cache_spec.page_size_padded is None
+    allocated = tensors_0_24.allocations(after)
+    places = [place if isinstance(place, range) else range(place) for place in allocated]
+    assert max(place.stop for place in places) <= layout.size_bytes
+    for layer, place in enumerate(places):
+        assert len(place) % stride == 0 and len(place) // stride >= blocks
+        for block in range(blocks):
+            first = place.start + block * stride
+            whole = layout.byte_range(BlockId(block), layer // each)
+            assert first == whole.start + layer % each * size and first + size <= whole.stop
 
 
 def test_0_24_refuses_what_it_cannot_read() -> None:

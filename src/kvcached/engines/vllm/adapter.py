@@ -9,6 +9,7 @@ An adapter is a module, named in the registry, that holds what differs between v
   ``is_packed`` and ``runs`` of a ``KVCacheConfig``, the copies ``block_outermost`` and
   ``layer_outermost``, and the ``allocations`` that vLLM makes for it. ``refusal`` and ``planes``
   ask an attention backend what it takes, ``BACKENDS`` names those that were seen to be right.
+  Where blocks can lie in runs, one for each group of layers, also ``groups`` and ``grouped``.
 - ``used_backends(worker)``: the attention backend of each layer of a loaded model.
 - ``new_blocks(scheduler_output)``: the blocks that a step brings in.
 - ``PLATFORMS``: those of vLLM's platforms on which it was seen to work.

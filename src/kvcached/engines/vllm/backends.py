@@ -11,6 +11,7 @@ from vllm.config import set_current_vllm_config
 
 from kvcached.engines.vllm.geometry import layer_specs
 from kvcached.errors import EngineError
+from kvcached.layout import PageLimits
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A decision. ``runs``: the bytes of a block in each run of blocks; one where a block's layers
-    lie together.
+    lie together, a few where they lie together in groups.
     """
 
     block_outermost: bool
@@ -26,16 +27,23 @@ class Plan:
 
     def apply(self, tensors: Any, cache_config: Any, paged_blocks: int) -> Any:
         """The KV-cache configuration that says so to vLLM."""
+        if self.block_outermost and len(self.runs) > 1:
+            return tensors.grouped(cache_config, len(self.runs), paged_blocks)
         if self.block_outermost:
             return tensors.block_outermost(cache_config)
         return tensors.layer_outermost(cache_config, paged_blocks)
 
 
 def plan(
-    vllm_config: Any, used: Mapping[str, Any], cache_config: Any, tensors: Any, wanted: str
+    vllm_config: Any,
+    used: Mapping[str, Any],
+    cache_config: Any,
+    tensors: Any,
+    wanted: str,
+    limits: PageLimits,
 ) -> Plan:
-    """Decides by what is wanted (``Config.layout``) and by what the backends take that the layers
-    use.
+    """Decides by what is wanted (``Config.layout``), by what the backends take that the layers use,
+    and by what a good page is on the device.
 
     Raises EngineError where what is wanted cannot be had.
     """
@@ -48,11 +56,17 @@ def plan(
             )
         return together
     with set_current_vllm_config(vllm_config):  # backends ask it for the layout
-        return decide(used, cache_config, tensors, wanted, vllm_config.cache_config.cache_dtype)
+        dtype = vllm_config.cache_config.cache_dtype
+        return decide(used, cache_config, tensors, wanted, dtype, limits)
 
 
 def decide(
-    used: Mapping[str, Any], cache_config: Any, tensors: Any, wanted: str, cache_dtype: str
+    used: Mapping[str, Any],
+    cache_config: Any,
+    tensors: Any,
+    wanted: str,
+    cache_dtype: str,
+    limits: PageLimits,
 ) -> Plan:
     """The same from the backend of each layer, for a KV cache that vLLM does not pack itself."""
     specs = {
@@ -65,8 +79,14 @@ def decide(
     if wrong and wanted == "block":
         raise EngineError(f"kvcached: KVCACHED_LAYOUT=block, but there is {', '.join(wrong)}")
     new = {used[name].get_name() for name in specs} - tensors.BACKENDS
-    if wanted == "block" or (wanted == "auto" and not wrong and not new):
-        return Plan(True, (tensors.block_bytes(cache_config),))
+    whole = tensors.block_bytes(cache_config)
+    if wanted == "block":
+        return Plan(True, (whole,))
+    if wanted == "auto" and not wrong and not new:
+        runs = 1
+        if limits.max_runs > 1 and hasattr(tensors, "grouped"):
+            runs = tensors.groups(cache_config, limits.max_runs, limits.min_run_bytes)
+        return Plan(True, (whole // runs,) * runs)
     reasons = wrong or [f"{name}, not tried with blocks outermost" for name in sorted(new)]
     logger.info(
         "kvcached: each layer's KV cache lies apart, and a page takes a handle for each (%s)",

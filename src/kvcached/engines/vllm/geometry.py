@@ -53,8 +53,10 @@ class Geometry:
 
     @property
     def paged_blocks(self) -> int:
-        """The blocks of whole pages: as many as the last one has too."""
-        return round_up(self.num_blocks, self.blocks_per_page)
+        """The blocks of whole pages, at least one more than there are: a tensor that begins within
+        a block ends within the one after its last. It costs addresses only.
+        """
+        return round_up(self.num_blocks + 1, self.blocks_per_page)
 
     @property
     def block_tokens(self) -> int:
@@ -71,7 +73,7 @@ class Geometry:
     def layout(self, runs: Sequence[int], granularity_bytes: int) -> BlockLayout:
         """The layout: a region for each run of blocks, and a handle a page in each of them."""
         return BlockLayout.layer_outermost(
-            self.num_blocks, runs, self.blocks_per_page, granularity_bytes
+            self.paged_blocks, runs, self.blocks_per_page, granularity_bytes
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +60,66 @@ def block_bytes(cache_config: Any) -> int:
     if is_packed(cache_config):
         return int(cache_config.kv_cache_tensors[0].block_stride)
     return sum(_parts(cache_config))
+
+
+def groups(cache_config: Any, most: int, least_bytes: int) -> int:
+    """Into how many groups of layers a block can be divided: ``most`` at most, all of one size, of
+    ``least_bytes`` or more in each.
+    """
+    if is_packed(cache_config):
+        return 1
+    parts = _parts(cache_config)
+
+    def fits(count: int) -> bool:
+        return (
+            len(parts) % count == 0
+            and sum(parts) // count >= least_bytes
+            and len(set(_strides(parts, count))) == 1
+        )
+
+    return next((count for count in range(most, 1, -1) if fits(count)), 1)
+
+
+def _strides(parts: Sequence[int], count: int) -> list[int]:
+    """Bytes of a block in each of ``count`` groups of layers."""
+    each = len(parts) // count
+    return [sum(parts[start : start + each]) for start in range(0, len(parts), each)]
+
+
+def grouped(cache_config: Any, count: int, num_blocks: int) -> Any:
+    """A copy of the configuration whose tensors lie in ``count`` runs of ``num_blocks`` blocks, one
+    for each group of layers: a layer's blocks are nearer to each other than with all together.
+
+    vLLM has one stride for all blocks, that of the layers' specifications, and counts blocks by a
+    tensor's size. A tensor begins at its place in the first block of its run, so it has room for
+    one block less than the run.
+    """
+    parts = _parts(cache_config)
+    each, (stride,) = len(parts) // count, set(_strides(parts, count))
+    starts = [
+        index // each * stride * num_blocks + sum(parts[index - index % each : index])
+        for index in range(len(parts))
+    ]
+    changed = _with(
+        cache_config,
+        [
+            replace(tensor, size=stride * (num_blocks - 1), offset=start)
+            for tensor, start in zip(cache_config.kv_cache_tensors, starts, strict=True)
+        ],
+    )
+    changed.kv_cache_groups = [
+        replace(group, kv_cache_spec=_padded(group.kv_cache_spec, stride))
+        for group in cache_config.kv_cache_groups
+    ]
+    return changed
+
+
+def _padded(spec: Any, stride: int) -> Any:
+    several = getattr(spec, "kv_cache_specs", None)
+    if several is None:
+        return replace(spec, page_size_padded=stride)
+    padded = {name: _padded(one, stride) for name, one in several.items()}
+    return replace(spec, kv_cache_specs=padded)
 
 
 def block_outermost(cache_config: Any) -> Any:
@@ -115,10 +175,18 @@ def layer_outermost(cache_config: Any, num_blocks: int) -> Any:
     )
 
 
-def allocations(cache_config: Any) -> list[int]:
-    """The sizes in bytes of what the model runners allocate for it, in their order."""
-    sizes = [int(tensor.size) for tensor in cache_config.kv_cache_tensors]
-    return sizes[:1] if is_packed(cache_config) else sizes
+def allocations(cache_config: Any) -> list[int] | list[range]:
+    """What the model runners allocate for it, in their order: sizes in bytes, end to end, or which
+    bytes.
+    """
+    tensors = cache_config.kv_cache_tensors
+    sizes = [int(tensor.size) for tensor in tensors]
+    if is_packed(cache_config):
+        return sizes[:1]
+    starts = [int(tensor.offset) for tensor in tensors]
+    if not any(starts):
+        return sizes
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
 def _with(cache_config: Any, tensors: list[Any]) -> Any:

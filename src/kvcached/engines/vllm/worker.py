@@ -88,7 +88,10 @@ class ElasticWorker:
         selftest.check_built(worker=self, kv_cache_config=kv_cache_config)
         this_version = adapter.current()
         tensors, used = this_version.tensors, this_version.used_backends(self)
-        plan = backends.plan(self.vllm_config, used, kv_cache_config, tensors, config.layout)
+        limits = self._device.page_limits
+        plan = backends.plan(
+            self.vllm_config, used, kv_cache_config, tensors, config.layout, limits
+        )
         shape = geometry.of(kv_cache_config, plan.runs, self._device, config.page_bytes)
         backend = self._device.open_backend(self.device.index or 0, self._ledger.lock_fd)
         layout, zero_holes = shape.layout(plan.runs, backend.granularity), config.unmapped == "zero"

@@ -41,10 +41,11 @@ class Shaped:
 class AnswerZeros(TorchFunctionMode):  # type: ignore[misc]
     """Answers each ``torch.zeros`` of the KV cache, in this order, with bytes of the arena.
 
-    An ``int`` is an allocation of so many bytes (int8), which follows the one before.
+    An ``int`` is an allocation of so many bytes (int8), which follows the one before; a ``range``
+    one of those bytes.
     """
 
-    def __init__(self, allocations: Sequence[int | Shaped], tensor: torch.Tensor) -> None:
+    def __init__(self, allocations: Sequence[int | range | Shaped], tensor: torch.Tensor) -> None:
         super().__init__()
         self.left = list(allocations)
         self._tensor = tensor
@@ -68,8 +69,11 @@ class AnswerZeros(TorchFunctionMode):  # type: ignore[misc]
                 return None
             self.left.pop(0)
             return wanted.view(self._tensor, shape, dtype)
-        if dtype != torch.int8 or shape != (wanted,):
+        place = wanted
+        if isinstance(place, int):
+            place = range(self._start, self._start + place)
+        if dtype != torch.int8 or shape != (len(place),):
             return None
         self.left.pop(0)
-        start, self._start = self._start, self._start + wanted
-        return self._tensor[start : self._start]
+        self._start = place.stop
+        return self._tensor[place.start : place.stop]
