@@ -269,8 +269,8 @@ Status remove_ledger_file(const std::string& folder, const std::string& device) 
   Status status = open_directory(request, folder, &directory_fd);
   Descriptor directory(directory_fd);
   if (!status) return status;
-  Descriptor file(openat(directory_fd, name.c_str(),
-                         O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+  Descriptor file(
+      openat(directory_fd, name.c_str(), O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
   if (file.get() < 0 && errno == ENOENT) return ledger_error(path, "there is no ledger here");
   if (file.get() < 0) return system_error(path, "cannot open the ledger", errno);
   char magic[sizeof layout::kMagic] = {};
