@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <thread>
 
@@ -15,6 +16,11 @@ using layout::owner_byte;
 namespace {
 constexpr int kOpenAttempts = 64;
 constexpr auto kOpenPause = std::chrono::milliseconds(1);
+
+int64_t now_ms() {
+  auto since = SteadyClock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::milliseconds>(since).count();
+}
 }  // namespace
 
 Status Segment::open(const OpenRequest& request, std::shared_ptr<Segment>* opened) {
@@ -214,9 +220,24 @@ Status Segment::set_capacity(int64_t capacity_bytes, int64_t headroom_bytes) {
 Status Segment::set_foreign(int64_t size_bytes) {
   if (Status status = check_usable(true); !status) return status;
   int64_t before = header().outside.foreign.exchange(size_bytes);
+  header().outside.measured_ms.store(now_ms());
   if (size_bytes != before) changed();
   if (size_bytes < before) ring(Bell::kFreed);
   return Status::ok();
+}
+
+int64_t Segment::foreign_age_ms() const {
+  int64_t measured = usable() ? charges::load(header().outside.measured_ms) : 0;
+  // A clock that is behind the measurer's (another time namespace) says nothing.
+  return measured == 0 ? -1 : std::max<int64_t>(-1, now_ms() - measured);
+}
+
+int64_t Segment::created() const {
+  int64_t total = 0;
+  for (uint32_t i = 0, n = usable() ? charges::account_rows(header()) : 0; i < n; ++i) {
+    if (charges::used(account(i).name.state)) total += charges::sums(account(i)).held;
+  }
+  return total;
 }
 
 void Segment::changed() {

@@ -81,8 +81,12 @@ class Segment {
   Status set_weight(const std::string& key, double weight);
   // Asks the account's owner to give back so much of what it does not use.
   Status ask_back(const std::string& key, int64_t size_bytes);
-  // Says how many bytes of the device are in use and are nobody's pages.
+  // Says how many bytes of the device are in use and are nobody's pages, as measured just now.
   Status set_foreign(int64_t size_bytes);
+  // Milliseconds since that was said last; -1: never.
+  int64_t foreign_age_ms() const;
+  // Bytes of all pages that exist.
+  int64_t created() const;
   // -1 leaves a number as it is.
   Status set_capacity(int64_t capacity_bytes, int64_t headroom_bytes);
 

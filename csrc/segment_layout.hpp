@@ -13,7 +13,7 @@
 namespace kvcached::layout {
 
 constexpr char kMagic[8] = {'K', 'V', 'C', 'L', 'E', 'D', 'G', 'R'};
-constexpr uint32_t kVersion = 3;
+constexpr uint32_t kVersion = 4;
 constexpr uint32_t kMaxAccounts = 64;
 constexpr uint32_t kMaxMembers = 16;
 constexpr uint32_t kMaxSlots = 1024;
@@ -75,6 +75,7 @@ struct alignas(kLine) Statistics {
 // activations, contexts, other programs. Written by whoever measures; the last word counts.
 struct alignas(kLine) Outside {
   I64 foreign;
+  I64 measured_ms;  // when, by the system's monotonic clock; 0: never
 };
 
 struct Header {

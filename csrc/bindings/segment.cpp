@@ -240,6 +240,8 @@ void bind_core(py::module_& module) {
              checked(size_bytes);
              run([&] { return segment.set_foreign(size_bytes); });
            })
+      .def("foreign_age_ms", &Segment::foreign_age_ms)
+      .def("created", &Segment::created)
       .def_property_readonly("freed_seq", [](Segment& s) { return s.sequence(Bell::kFreed); })
       .def_property_readonly("pressure_seq", [](Segment& s) { return s.sequence(Bell::kPressure); })
       .def(

@@ -37,6 +37,12 @@ def refresh(ledger: Ledger, memory: Memory) -> None:
     ledger.set_foreign(measure(ledger, memory))
 
 
+def keep_fresh(ledger: Ledger, memory: Memory, age_s: float) -> None:
+    """Measures where nobody else has for ``age_s`` seconds: one measurement serves all engines."""
+    if ledger.foreign_age_s() >= age_s:
+        refresh(ledger, memory)
+
+
 def inside(ledger: Ledger, memory: Memory, size_bytes: int) -> int:
     """What of so many bytes, which are about to be allocated beside pages, does not fit on the
     device beside the ledger's capacity.
@@ -51,13 +57,9 @@ def overlap(ledger: Ledger, memory: Memory) -> int:
     Pages that come or go between two questions would be counted wrongly: then it asks again, and
     at last says rather too much than too little.
     """
-    created = _created(ledger)
+    created = ledger.created()
     for _ in range(_TRIES):
-        before, (used, total), created = created, memory(), _created(ledger)
+        before, (used, total), created = created, memory(), ledger.created()
         if created == before:
             break
     return used - min(before, created) - max(0, total - ledger.capacity)
-
-
-def _created(ledger: Ledger) -> int:
-    return sum(account.created for account in ledger.snapshot().accounts)

@@ -20,6 +20,7 @@ Member.lock_fd).
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,6 +170,15 @@ class Ledger(Closing):
         weights, activations, other programs. Leases leave them alone. Takes no lock.
         """
         self.core.set_foreign(foreign_bytes)
+
+    def foreign_age_s(self) -> float:
+        """Seconds since anybody said that; infinite where nobody has."""
+        age_ms = self.core.foreign_age_ms()
+        return math.inf if age_ms < 0 else age_ms / 1000
+
+    def created(self) -> int:
+        """Bytes of all pages that exist, over all accounts. Takes no lock; 0 once closed."""
+        return self.core.created()
 
     def close(self) -> None:
         """Gives up every account and membership of this handle. The file stays."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,3 +176,25 @@ def test_under_steady_change_it_says_rather_too_much(
         return device[0], 110
 
     assert 0 <= foreign.measure(ledger, memory) <= 1
+
+
+def test_one_measurement_serves_all_who_look(
+    tmp_path: Path, ledger: Ledger, busy: tuple[Account, Member]
+) -> None:
+    """Several handles stand for several engines; the device is asked by the first one only."""
+    asked = 0
+
+    def memory() -> tuple[int, int]:
+        nonlocal asked
+        asked += 1
+        return 85, 110
+
+    assert ledger.foreign_age_s() == math.inf and ledger.created() == 60
+    with Ledger.open(tmp_path / "ledger", "host:test", create=False) as other:
+        assert other.created() == 60
+        for each in (ledger, other, ledger, other):
+            foreign.keep_fresh(each, memory, 30.0)
+        assert other.snapshot().foreign == 25 and 0 <= other.foreign_age_s() < 30
+        once = asked
+        foreign.keep_fresh(other, memory, 0.0)  # old enough by any clock
+        assert 0 < once < asked == 2 * once

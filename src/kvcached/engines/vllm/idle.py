@@ -88,7 +88,7 @@ def _look_around(ledger: Ledger, memory: Memory | None) -> bool:
     try:
         ledger.reap()
         if memory is not None:
-            foreign.refresh(ledger, memory)
+            foreign.keep_fresh(ledger, memory, 0.9 * FOREIGN_TICK_S)
     except (LedgerBusyError, UnavailableError) as error:
         logger.warning("kvcached: %s", error)
     except LedgerError:
