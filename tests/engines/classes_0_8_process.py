@@ -279,7 +279,7 @@ class Program:
 
 def main() -> None:
     total: Counter[str] = Counter()
-    for seed in range(int(sys.argv[1]), int(sys.argv[2])):
+    for seed in range(int(sys.argv[1])):
         with tempfile.TemporaryDirectory() as folder:
             program = Program(seed, folder)
             try:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +20,7 @@ pytestmark = pytest.mark.skipif(
     not vllm_version().startswith("0.8."), reason="these classes are vLLM 0.8's"
 )
 
+PATCH = HERE.parents[1] / "engine_integration" / "scripts" / "kvcached-vllm-v0.8.4.patch"
 SEEDS = 60
 CASES = [
     {"caching": True, "budget": 256, "seed": 1, "requests": 24},
@@ -26,23 +31,23 @@ MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 997,
-    "hidden_size": 64,
+    "hidden_size": 128,
     "intermediate_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
-    "torch_dtype": "float32",
+    "torch_dtype": "float16",
 }
 
 
-def run(script: str, *arguments: str, changes: dict[str, str], limit_s: float = 200.0) -> str:
+def run(script: str, argument: str, *paths: Path, changes: dict[str, str]) -> str:
     done = subprocess.run(
-        [sys.executable, str(HERE / script), *arguments],
-        env=environment({"OMP_NUM_THREADS": "1", **changes}, HERE),
+        [sys.executable, str(HERE / script), argument],
+        env=environment({"OMP_NUM_THREADS": "1", **changes}, *paths, HERE),
         capture_output=True,
         text=True,
-        timeout=limit_s,
+        timeout=220,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout
@@ -50,7 +55,7 @@ def run(script: str, *arguments: str, changes: dict[str, str], limit_s: float = 
 
 def test_random_programs_on_the_block_pool_and_the_manager(tmp_path: Path) -> None:
     """Allocation, prefix hits, preemption, reclaim and resets, beside vLLM's own as the oracle."""
-    counts = json.loads(run("classes_0_8_process.py", "0", str(SEEDS), changes={}).splitlines()[-1])
+    counts = json.loads(run("classes_0_8_process.py", str(SEEDS), changes={}).splitlines()[-1])
     print(counts)
     for what in ("admitted", "refused", "short of memory", "hits", "preempted", "resets"):
         assert counts[what] > 20, counts
@@ -64,14 +69,13 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def toy(folder: Path, model: Path, changes: dict[str, str], **more: Any) -> list[dict[str, Any]]:
+def toy(folder: Path, model: Path, changes: dict[str, str], *paths: Path, **more: Any) -> Any:
     folder.mkdir()
     answer = folder / "answer.json"
     job = {"model": str(model), "answer": str(answer), "cases": CASES, **more}
     (folder / "job.json").write_text(json.dumps(job))
-    run("toy_run_0_8.py", str(folder / "job.json"), changes=changes)
-    found: list[dict[str, Any]] = json.loads(answer.read_text())
-    return found
+    run("toy_run_0_8.py", str(folder / "job.json"), *paths, changes=changes)
+    return json.loads(answer.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,7 @@ def plain(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[lis
     """What vLLM without kvcached answers, with memory for everything."""
     found = toy(tmp_path_factory.mktemp("plain") / "run", toy_model, {})
     assert all(facts["preemptions"] == 0 for facts in found)
+    assert not any(facts["followers"] for facts in found)
     answers = [facts["answers"] for facts in found]
     assert len({tuple(tokens) for tokens in answers[0]}) > 20
     return answers
@@ -100,3 +105,69 @@ def test_the_real_engine_answers_as_without_kvcached(
         assert (loaded["hits"] > 0) == case["caching"]
         assert reset["created"] == reset["charge"] <= reset["pinned"] + reset["page"]
     assert any(facts["preemptions"] > 0 for facts in found) == (capacity < 4 * MIB)
+
+
+def test_an_engine_in_a_spawned_process_without_plugins_is_elastic(
+    toy_model: Path, plain: list[list[list[int]]], tmp_path: Path
+) -> None:
+    """And it is woken when it is idle: the hook of its loop is there."""
+    case = {**CASES[0], "requests": 10}
+    changes = switched_on(
+        tmp_path,
+        16 * MIB,
+        KVCACHED_VIRTUAL=str(32 * MIB),
+        VLLM_WORKER_MULTIPROCESSING_METHOD="spawn",
+    )
+    found = toy(tmp_path / "ours", toy_model, changes, cases=[case], process=True)
+    for ours, wanted in zip(found["answers"], plain[0], strict=False):
+        assert ours[: len(wanted)] == wanted
+    assert found["before"] > 2 * found["limit"]
+
+
+def test_its_v0_engine_is_refused(toy_model: Path, tmp_path: Path) -> None:
+    changes = {**switched_on(tmp_path, 16 * MIB), "VLLM_USE_V1": "0"}
+    with pytest.raises(AssertionError, match="V0 engine, which this version chose"):
+        toy(tmp_path / "ours", toy_model, changes, cases=[{**CASES[0], "budget": 2048}])
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the installed package, as links but for the files that the patch changes."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.origin is not None
+    folder = tmp_path_factory.mktemp("patched")
+    shutil.copytree(
+        Path(spec.origin).parent,
+        folder / "vllm",
+        copy_function=os.symlink,
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    for name in re.findall(r"^--- a/(\S+)", PATCH.read_text(), re.MULTILINE):
+        file = folder / name
+        text = file.read_bytes()
+        file.unlink()
+        file.write_bytes(text)
+    subprocess.run(["patch", "-p1", "-i", str(PATCH)], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("plugins", ["none", "kvcached"], ids=["patch alone", "patch and plugin"])
+def test_a_patched_vllm_is_elastic_once(
+    toy_model: Path,
+    plain: list[list[list[int]]],
+    patched: Path,
+    tmp_path: Path,
+    plugins: str,
+) -> None:
+    changes = switched_on(tmp_path, 16 * MIB, KVCACHED_VIRTUAL=str(32 * MIB), VLLM_PLUGINS=plugins)
+    (facts,) = toy(tmp_path / "ours", toy_model, changes, patched, cases=CASES[:1])
+    assert facts["answers"] == plain[0]
+    assert facts["maps"] > 4 and facts["followers"] == 1
+
+
+def test_a_patched_vllm_without_kvcached_switched_on_is_as_it_was(
+    toy_model: Path, plain: list[list[list[int]]], patched: Path, tmp_path: Path
+) -> None:
+    (facts,) = toy(tmp_path / "ours", toy_model, {}, patched, cases=CASES[:1])
+    assert facts["answers"] == plain[0]
+    assert facts["followers"] == 0

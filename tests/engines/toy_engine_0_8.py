@@ -14,7 +14,11 @@ import os
 from typing import Any
 
 import torch
+
+os.environ.setdefault("VLLM_USE_V1", "1")  # by itself it takes V0 for a CPU
+
 import vllm.platforms
+import vllm.plugins
 from vllm.platforms.cpu import CpuPlatform
 
 
@@ -25,27 +29,26 @@ class ToyPlatform(CpuPlatform):  # type: ignore[misc]
     def check_and_update_config(cls, vllm_config: Any) -> None:
         return
 
+    @classmethod
+    def supports_v1(cls, model_config: Any) -> bool:
+        return True
+
 
 vllm.platforms._current_platform = ToyPlatform()
 
 from vllm.attention import Attention, AttentionType  # noqa: E402
-from vllm.config import (  # noqa: E402
-    CacheConfig,
-    DeviceConfig,
-    LoadConfig,
-    ModelConfig,
-    ParallelConfig,
-    SchedulerConfig,
-    VllmConfig,
-)
+from vllm.config import VllmConfig  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend  # noqa: E402
 from vllm.v1.executor.abstract import UniProcExecutor  # noqa: E402
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput  # noqa: E402
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
 from vllm.v1.worker.worker_base import WorkerBase  # noqa: E402
 
-LAYERS, HEADS, HEAD, TOKENS = 3, 2, 32, 16
-VOCABULARY = 997
+from kvcached.engines.vllm import adapter  # noqa: E402
+
+LAYERS, HEADS, HEAD, TOKENS = 3, 2, 64, 16
+VOCABULARY = 997  # all numbers below are whole, and small enough for 16 bits
 PLAIN_BYTES = 32 << 20
 
 
@@ -53,47 +56,43 @@ class Executor(UniProcExecutor):  # type: ignore[misc]
     """vLLM's own; its name leads a spawned process to this module."""
 
 
+class ExecutorWithoutPlugins(Executor):
+    """With several ranks an engine's process starts the workers in processes of their own, and
+    loads no plugins itself.
+    """
+
+    def _init_executor(self) -> None:
+        vllm.plugins.plugins_loaded = True
+        super()._init_executor()
+
+
 def make_config(
     model: str, *, caching: bool, window: int | None = None, budget: int = 256, seqs: int = 8
 ) -> VllmConfig:
-    """What ``EngineArgs`` would make of it on a GPU."""
-    model_config = ModelConfig(
+    """What vLLM makes of these arguments; elastic where kvcached is switched on: through its plugin
+    or through a patched vLLM.
+    """
+    if elastic():
+        adapter.current().PLATFORMS = ("cpu", "cuda")
+    config = EngineArgs(
         model=model,
-        task="generate",
-        tokenizer=model,
-        tokenizer_mode="auto",
-        trust_remote_code=False,
-        dtype="float32",
-        seed=0,
-        max_model_len=1024,
         skip_tokenizer_init=True,
-    )
-    config = VllmConfig(
-        model_config=model_config,
-        cache_config=CacheConfig(
-            block_size=TOKENS,
-            gpu_memory_utilization=0.5,
-            swap_space=0,
-            cache_dtype="auto",
-            enable_prefix_caching=caching,
-            sliding_window=window,
-        ),
-        parallel_config=ParallelConfig(
-            worker_cls="toy_engine_0_8.ToyWorker", distributed_executor_backend="uni"
-        ),
-        scheduler_config=SchedulerConfig(
-            runner_type="generate",
-            max_num_batched_tokens=budget,
-            max_num_seqs=seqs,
-            max_model_len=1024,
-            enable_chunked_prefill=True,
-            scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler",
-        ),
-        device_config=DeviceConfig("cpu"),
-        load_config=LoadConfig(),
-    )
-    config.additional_config = {"window": window}
+        dtype="float16",
+        max_model_len=1024,
+        block_size=TOKENS,
+        enable_prefix_caching=caching,
+        max_num_batched_tokens=budget,
+        max_num_seqs=seqs,
+        device="cpu",
+        worker_cls="toy_engine_0_8.ToyWorker",
+        distributed_executor_backend="uni",
+    ).create_engine_config()
+    config.additional_config = {"window": window}  # in the arguments it would mean vLLM's V0 engine
     return config
+
+
+def elastic() -> bool:
+    return os.environ.get("ENABLE_KVCACHED") == "true"
 
 
 class ToyWorker(WorkerBase):  # type: ignore[misc]
@@ -115,7 +114,7 @@ class ToyWorker(WorkerBase):  # type: ignore[misc]
         runner = GPUModelRunner.__new__(GPUModelRunner)
         runner.vllm_config, runner.device = self.vllm_config, self.device
         runner.attn_backend = FlashAttentionBackend
-        runner.kv_cache_dtype, runner.kv_caches = torch.float32, []
+        runner.kv_cache_dtype, runner.kv_caches = torch.float16, []
         self.model_runner = runner
         self.sequences: dict[str, tuple[list[int], list[int]]] = {}
 
@@ -160,14 +159,14 @@ class ToyWorker(WorkerBase):  # type: ignore[misc]
         end = start + count
         places = torch.arange(end)
         at = torch.tensor(blocks)[places // TOKENS], places % TOKENS
-        values = torch.tensor(tokens[start:end], dtype=torch.float32)[:, None, None]
+        values = torch.tensor(tokens[start:end], dtype=torch.float16)[:, None, None]
         first = 0 if self.window is None else max(0, end - self.window)
         total = 0
         for layer, cache in enumerate(self.model_runner.kv_caches):
             keys, vals = cache.unbind(0)
             new = at[0][start:], at[1][start:]
             keys[new] = (values + 31 * layer).expand(-1, HEADS, HEAD)
-            vals[new] = (values * 3 + layer).expand(-1, HEADS, HEAD)
+            vals[new] = (values * 2 + layer).expand(-1, HEADS, HEAD)
             seen = at[0][first:], at[1][first:]
             for read in (keys[seen], vals[seen]):
                 assert (read == read[:, :1, :1]).all(), "a slot was written in part"
@@ -176,18 +175,6 @@ class ToyWorker(WorkerBase):  # type: ignore[misc]
             return []
         tokens.append(total % (VOCABULARY - 3) + 3)
         return tokens[-1:]
-
-
-def take_hold(config: VllmConfig) -> VllmConfig:
-    """What kvcached does at the end of ``create_engine_config``; this platform counts as run."""
-    from kvcached.engines.vllm import adapter, hooks
-
-    adapter.current().PLATFORMS = ("cpu", "cuda")
-    return hooks.configured(config)
-
-
-def elastic() -> bool:
-    return os.environ.get("ENABLE_KVCACHED") == "true"
 
 
 @dataclasses.dataclass

@@ -5,8 +5,10 @@ writes what it answered; with ENABLE_KVCACHED elastically, without it plain.
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,11 @@ import toy_engine_0_8 as toy
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import EngineCoreClient
+
+from kvcached.config import Config
+from kvcached.engines.vllm import identity
+from kvcached.ledger import Ledger
 
 
 def program(seed: int, requests: int) -> list[toy.Ask]:
@@ -115,21 +122,17 @@ def settle(core: Any) -> dict[str, int]:
         time.sleep(0.01)
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+def run_cases(job: dict[str, Any]) -> list[dict[str, Any]]:
     results = []
     for case in job["cases"]:
         config = toy.make_config(
             job["model"], caching=case["caching"], window=case.get("window"), budget=case["budget"]
         )
-        if toy.elastic():
-            toy.take_hold(config)
-        elif case.get("plain_blocks"):
-            config.cache_config.num_gpu_blocks_override = case["plain_blocks"]
         core = EngineCore(config, toy.Executor, log_stats=False)
         facts: dict[str, Any] = {"most_running": 0, "preemptions": 0}
         count_preemptions(core, facts)
         facts["answers"] = drive(core, program(case["seed"], case["requests"]), facts)
+        facts["followers"] = sum(t.name == "kvcached-pressure" for t in threading.enumerate())
         if toy.elastic():
             core.scheduler.pages.check()
             facts["loaded"] = ledger_facts(core)
@@ -137,8 +140,51 @@ def main() -> None:
             mapper = core.model_executor.driver_worker.worker.mapper
             facts["maps"] = mapper.arena.counters()["maps"]
         core.shutdown()
+        core.shutdown()  # as with an engine's process and its finaliser
         results.append(facts)
-    Path(job["answer"]).write_text(json.dumps(results))
+    return results
+
+
+def run_process(job: dict[str, Any]) -> dict[str, Any]:
+    """The engine in a process of its own, as servers run it: the answers, and what an operator's
+    limit takes from it while it is idle.
+    """
+    (case,) = job["cases"]
+    config = toy.make_config(job["model"], caching=case["caching"], budget=case["budget"])
+    client = EngineCoreClient.make_client(
+        multiprocess_mode=True,
+        asyncio_mode=False,
+        vllm_config=config,
+        executor_class=toy.ExecutorWithoutPlugins,
+        log_stats=False,
+    )
+    asks = program(case["seed"], case["requests"])
+    answers: list[list[int]] = [[] for _ in asks]
+    for number, ask in enumerate(asks):
+        client.add_request(request(str(number), ask.prompt, ask.tokens))
+    left = len(asks)
+    while left:
+        for output in client.get_output().outputs:
+            answers[int(output.request_id)] += output.new_token_ids
+            left -= output.finished
+    settings, instance = Config.from_env(), identity.of(config).instance
+    with Ledger.open(settings.directory, settings.devices[0], create=False) as ledger:
+        account = ledger.snapshot().account(instance)
+        assert account is not None and account.owner_pid not in (None, os.getpid())
+        before, limit = account.charge, 4 * account.page_bytes
+        ledger.set_limit(instance, limit)
+        deadline = time.monotonic() + 5
+        while (now := ledger.snapshot().account(instance)) and now.charge > limit:
+            assert time.monotonic() < deadline, f"{now.charge} of {before} bytes are left"
+            time.sleep(0.01)
+    client.shutdown()
+    return {"answers": answers, "before": before, "limit": limit}
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    found = run_process(job) if job.get("process") else run_cases(job)
+    Path(job["answer"]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ class ElasticScheduler:
         manager.on_shortage = self._note_shortage
         self.instance, self._name = who.instance, who.name
         self._shape = shape
+        self._ended = False
         self._short = False
         self._wanted = False  # the demand of this step is said
         self._waits = False  # the last step could only wait for memory
@@ -197,6 +198,9 @@ class ElasticScheduler:
         )
 
     def shutdown(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
         end = getattr(super(), "shutdown", None)  # vLLM 0.8's schedulers have none
         if end is not None:
             end()
