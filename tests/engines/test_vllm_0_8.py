@@ -171,3 +171,48 @@ def test_a_patched_vllm_without_kvcached_switched_on_is_as_it_was(
     (facts,) = toy(tmp_path / "ours", toy_model, {}, patched, cases=CASES[:1])
     assert facts["answers"] == plain[0]
     assert facts["followers"] == 0
+
+
+# What vLLM's memory allocator, which its worker imports, links of the driver.
+DRIVER = [
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuDevicePrimaryCtxRetain",
+    "cuGetErrorString",
+    "cuMemAddressFree",
+    "cuMemAddressReserve",
+    "cuMemCreate",
+    "cuMemGetAllocationGranularity",
+    "cuMemMap",
+    "cuMemRelease",
+    "cuMemSetAccess",
+    "cuMemUnmap",
+]
+WORKER = """
+import vllm.v1.worker.gpu_worker as gpu_worker
+from kvcached.engines.vllm import classes, start
+name = classes.qualified_name("worker", gpu_worker.Worker).rpartition(".")[2]
+elastic = getattr(classes, name)
+assert issubclass(elastic, gpu_worker.Worker) and elastic.__name__ == "ElasticWorker"
+with start.without_memory_check():  # this version has none at that point
+    pass
+worker = elastic.__new__(elastic)
+worker.init_gpu_memory = 5
+start.expect_any_free_memory(worker)
+assert worker.init_gpu_memory > 1 << 50
+print("fits")
+"""
+
+
+def test_the_worker_for_gpus_is_what_the_adapter_counts_on(tmp_path: Path) -> None:
+    """Imported where there is no driver: against a library of its names, as linkers use."""
+    source = tmp_path / "names.c"
+    source.write_text("".join(f"void {name}(void) {{}}\n" for name in DRIVER))
+    library = tmp_path / "libcuda.so.1"
+    flags = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
+    subprocess.run(["cc", *flags, str(source)], check=True)
+    changes = switched_on(tmp_path, 16 * MIB, LD_LIBRARY_PATH=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER], env=environment(changes), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "fits" in done.stdout, (done.stdout + done.stderr)[-4000:]
