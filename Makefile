@@ -2,13 +2,15 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 BOOTSTRAP ?= python3
+SGLANG_NEWEST := 0.5.23
+SGLANG_VERSIONS ?= 0.4.6.post2 $(SGLANG_NEWEST)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test lint bench matrix chaos soak programs clean
+.PHONY: help env build demo test test-sglang lint bench matrix matrix-sglang chaos soak programs clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env:  ## build .venv/ with vLLM for the CPU and our tools (once; minutes)
 	@echo "== env: .venv/ with vLLM, torch and kvcached"
@@ -33,7 +35,13 @@ lint: env  ## ruff, mypy --strict, clang-format
 
 test: build lint  ## lint, then the tests (not the long runs)
 	@echo "== test: pytest without the long runs"
-	@$(PYTHON) -m pytest -m "not slow and not gpu" $(TEST_ARGS)
+	@$(PYTHON) -m pytest -m "not slow and not gpu and not matrix" $(TEST_ARGS)
+	@$(MAKE) --no-print-directory test-sglang
+
+test-sglang: build  ## real SGLang engines, the newest version, in .venv-sglang-VERSION/
+	@echo "== test: SGLang $(SGLANG_NEWEST)"
+	@$(BOOTSTRAP) tools/setup_sglang.py $(SGLANG_NEWEST)
+	@.venv-sglang-$(SGLANG_NEWEST)/bin/python -m pytest -m "not matrix" tests/sglang $(TEST_ARGS)
 
 bench: build  ## the speed of the allocator, the adapter and the arena
 	@echo "== bench: allocator and pool"
@@ -47,6 +55,13 @@ matrix: build  ## the engine tests with vLLM 0.24, in .venv-0.24/ (long)
 	@.venv-0.24/bin/python setup.py --quiet build_ext --inplace > build/core-0.24.log 2>&1 \
 	    || { cat build/core-0.24.log; exit 1; }
 	@.venv-0.24/bin/python -m pytest -m "not slow and not gpu" tests/engines $(TEST_ARGS)
+
+matrix-sglang: build  ## all tests of SGLang with each version, in .venv-sglang-VERSION/ (long)
+	@set -e; for version in $(SGLANG_VERSIONS); do \
+	    echo "== matrix: SGLang $$version"; \
+	    $(BOOTSTRAP) tools/setup_sglang.py $$version; \
+	    .venv-sglang-$$version/bin/python -m pytest tests/sglang $(TEST_ARGS); \
+	done
 
 chaos: build  ## every kill and stop of every process, ten times each (long)
 	@echo "== chaos: kills and stops"
@@ -62,5 +77,5 @@ programs:  ## bring prometheus and chromium for the exporter's tests (Debian, Ub
 
 clean:  ## remove .venv*/, build/ and compiled files
 	@echo "== clean: .venv*/, build/ and compiled files"
-	@rm -rf .venv .venv-0.24 build dist src/*.egg-info src/kvcached/*.so
+	@rm -rf .venv .venv-* build dist src/*.egg-info src/kvcached/*.so
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,9 +19,10 @@ sys.path.insert(0, str(HERE))
 
 from sgl_harness import ENVIRONMENT, MAX_TOKENS, PROMPTS, Engine  # noqa: E402
 
-os.environ.update(ENVIRONMENT)  # for tests that use SGLang's classes in this process
 HAS_SGLANG = importlib.util.find_spec("sglang") is not None
 collect_ignore_glob = [] if HAS_SGLANG else ["test_*.py"]
+if HAS_SGLANG:
+    os.environ.update(ENVIRONMENT)  # for tests that use SGLang's classes in this process
 
 REFERENCE = """
 import json, sys, torch

@@ -95,3 +95,20 @@ def test_help_needs_nothing_installed() -> None:
         and "--force" in done.stdout
         and all(version in done.stdout for version in ("0.24", "0.8.4"))
     )
+
+
+def test_environments_of_sglang_have_what_they_name() -> None:
+    from kvcached.engines import registry
+
+    spec = importlib.util.spec_from_file_location(
+        "setup_sglang", SCRIPT.with_name("setup_sglang.py")
+    )
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.NEWEST in module.ENVIRONMENTS
+    for env in module.ENVIRONMENTS.values():
+        assert env.path.parent == module.ROOT and env.folder.startswith(".venv-sglang-")
+        assert env.requirements.is_file() and "torch==" not in env.requirements.read_text()
+        assert registry.find("sglang", env.version)
+        assert len(module.inputs_hash(env)) == 64
