@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 BOOTSTRAP ?= python3
 SGLANG_NEWEST := 0.5.23
-SGLANG_VERSIONS ?= 0.4.6.post2 $(SGLANG_NEWEST)
+SGLANG_VERSIONS ?= 0.4.6.post2 0.4.9 0.5.10 0.5.15 $(SGLANG_NEWEST)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
 
 .DEFAULT_GOAL := help

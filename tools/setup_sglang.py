@@ -58,6 +58,9 @@ ENVIRONMENTS = {
     env.version: env
     for env in (
         Environment("0.4.6.post2", (*KERNELS, "vllm", "torchao")),
+        Environment("0.4.9", (*KERNELS, "vllm", "torchao")),
+        Environment("0.5.10", (*KERNELS, "torchao")),
+        Environment("0.5.15", (*KERNELS, "torchao")),
         Environment("0.5.23", KERNELS),
     )
 }

@@ -26,6 +26,9 @@ SUPPORTED = (
     Support("vllm", SpecifierSet("~=0.24.0"), "kvcached.engines.vllm.v0_24"),
     Support("vllm", SpecifierSet("~=0.32.0"), "kvcached.engines.vllm.v0_32"),
     Support("sglang", SpecifierSet("==0.4.6.*"), "kvcached.engines.sglang.v0_4_6"),
+    Support("sglang", SpecifierSet("==0.4.9"), "kvcached.engines.sglang.v0_4_9"),
+    Support("sglang", SpecifierSet("==0.5.10"), "kvcached.engines.sglang.v0_5_10"),
+    Support("sglang", SpecifierSet("==0.5.15"), "kvcached.engines.sglang.v0_5_15"),
     Support("sglang", SpecifierSet("==0.5.23"), "kvcached.engines.sglang.v0_5_23"),
 )
 

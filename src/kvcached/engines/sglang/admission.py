@@ -87,22 +87,27 @@ def _chosen(batch: Any, selected_indices: Any = None, *_: Any, **__: Any) -> int
 
 
 def wrap_retract_decode(
-    needed: Callable[[Any], int], release_last: Callable[[Any], Any]
+    needed: Callable[[Any], int],
+    release_last: Callable[..., Any],
+    answer: Callable[[list[Any]], Any],
 ) -> Callable[[Any], Any]:
     """``ScheduleBatch.retract_decode``: takes requests back into the queue until the others fit.
 
     SGLang keeps the last one, and fails where that does not fit. Here memory may be with others
-    for a while: so it goes back into the queue as well (``release_last``, which returns it).
+    for a while: so it goes back into the queue as well. ``release_last`` releases the only request
+    of a batch and returns it; ``answer`` is SGLang's answer for requests that were taken back.
     """
 
     def replace(original: Any) -> Any:
         @functools.wraps(original)
         def retract_decode(self: Any, *args: Any, **kwargs: Any) -> Any:
             slots = engine_of(self).slots
+            if len(self.reqs) == 1:
+                return answer([release_last(self, *args, **kwargs)])
             with slots.seen_as(View.RETRACTING):
                 result = original(self, *args, **kwargs)
             if len(self.reqs) == 1 and not slots.secure(needed(self)):
-                result[0].append(release_last(self))
+                result[0].append(release_last(self, *args, **kwargs))
             return result
 
         return retract_decode

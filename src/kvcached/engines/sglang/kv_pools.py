@@ -34,12 +34,13 @@ def create_mla(pool: Any, shape: tuple[int, ...]) -> None:
 
 
 class _AnswerZeros(TorchFunctionMode):  # type: ignore[misc]
-    """Answers the ``torch.zeros`` of a KV cache's layers, all of one shape, with its tensors."""
+    """Answers each ``torch.zeros`` of a KV cache's layers, all with so many rows, with the next of
+    its tensors, which are made when the first is asked for: ``tensors`` of them, of its shape.
+    """
 
-    def __init__(self, layers: int, size: int, block_tokens: int) -> None:
+    def __init__(self, tensors: int, size: int, block_tokens: int) -> None:
         super().__init__()
-        self._layers = layers
-        self._rows = size + block_tokens
+        self._tensors = tensors
         self._size = size
         self._block_tokens = block_tokens
         self.memory: buffers.KvMemory | None = None
@@ -48,18 +49,40 @@ class _AnswerZeros(TorchFunctionMode):  # type: ignore[misc]
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         shape = args[0] if len(args) == 1 else None
-        if func is not torch.zeros or not isinstance(shape, tuple) or shape[0] != self._rows:
+        rows = self._size + self._block_tokens
+        if func is not torch.zeros or not isinstance(shape, tuple) or shape[0] != rows:
             return func(*args, **kwargs)
         if self.memory is None:
+            shapes, dtype = [shape[1:]] * self._tensors, kwargs["dtype"]
             self.memory = buffers.create(
-                build.current(),
-                [shape[1:]] * self._layers,
-                kwargs["dtype"],
-                self._size,
-                self._block_tokens,
+                build.current(), shapes, dtype, self._size, self._block_tokens
             )
+        buffer = self.memory.buffers[self.given] if self.given < self._tensors else None
+        if buffer is None or tuple(buffer.shape) != shape:
+            raise EngineError(f"kvcached does not support a KV cache with tensors of {shape} yet")
         self.given += 1
-        return self.memory.buffers[self.given - 1]
+        return buffer
+
+    def attach_to(self, pool: Any) -> None:
+        """Raises EngineError where SGLang did not ask for every tensor."""
+        if self.memory is None or self.given != self._tensors:
+            raise EngineError(
+                f"kvcached: SGLang allocated {self.given} tensors of its KV cache, {self._tensors} "
+                "were expected"
+            )
+        engine.attach(pool, self.memory)
+
+
+def answer_mha_zeros(original: Any) -> Any:
+    """``MHATokenToKVPool._create_buffers`` of versions that do more in it than allocate."""
+
+    @functools.wraps(original)
+    def _create_buffers(self: Any) -> None:
+        with _AnswerZeros(2 * self.layer_num, self.size, self.page_size) as answer:
+            original(self)
+        answer.attach_to(self)
+
+    return _create_buffers
 
 
 def answer_mla_zeros(original: Any) -> Any:
@@ -68,14 +91,18 @@ def answer_mla_zeros(original: Any) -> Any:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(original).bind(self, *args, **kwargs).arguments
-        layers = given["layer_num"]
-        with _AnswerZeros(layers, given["size"], given["page_size"]) as answer:
+        with _AnswerZeros(given["layer_num"], given["size"], given["page_size"]) as answer:
             original(self, *args, **kwargs)
-        if answer.memory is None or answer.given != layers:
-            raise EngineError(
-                f"kvcached: SGLang allocated {answer.given} layers of its KV cache, {layers} were "
-                "expected"
-            )
-        engine.attach(self, answer.memory)
+        answer.attach_to(self)
 
     return __init__
+
+
+def create_mla_buffers(original: Any) -> Any:
+    """``MLATokenToKVPool._create_buffers``."""
+
+    @functools.wraps(original)
+    def _create_buffers(self: Any) -> None:
+        create_mla(self, (1, self.kv_cache_dim))
+
+    return _create_buffers

@@ -1,0 +1,59 @@
+"""SGLang 0.5.15: what differs from other versions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.pool_stats_observer import SchedulerPoolStatsObserver
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.model_executor import model_runner_kv_cache_mixin
+
+from kvcached.config import Config
+from kvcached.engines.base import Seam
+from kvcached.engines.sglang import family_0_5, kv_pools, parts, steps
+from kvcached.engines.sglang.family_0_5 import arguments
+from kvcached.engines.sglang.parts import TOGETHER
+
+__all__ = ["PLATFORMS", "TOGETHER", "Cache", "arguments", "seams"]
+
+PLATFORMS = ("cpu",)
+
+
+class Cache(family_0_5.Cache):
+    """See ``slots.PrefixCache``."""
+
+    def held_slots(self) -> Iterator[torch.Tensor]:
+        for req, table in self.rows():
+            if req.req_pool_idx is not None:
+                yield table[req.req_pool_idx, : req.kv_allocated_len]
+
+
+def _chunk_left(scheduler: Any) -> int:
+    req = scheduler.chunked_req
+    return 0 if req is None else len(req.full_untruncated_fill_ids) - int(req.extend_range.end)
+
+
+_PARTS = parts.Parts(
+    extend_tokens=lambda req: len(req.full_untruncated_fill_ids) - len(req.prefix_indices),
+    chunk_left=_chunk_left,
+    decode_blocks=family_0_5.decode_blocks,
+    release_last=family_0_5.release_last,
+    retracted=family_0_5.retracted,
+)
+
+
+def seams(config: Config) -> Sequence[Seam]:
+    """Everything that is replaced in SGLang's own code; the rest are subclasses."""
+    mixin = model_runner_kv_cache_mixin.ModelRunnerKVCacheMixin
+    return (
+        Seam(MHATokenToKVPool, "_create_buffers", kv_pools.answer_mha_zeros),
+        Seam(MLATokenToKVPool, "_create_buffers", kv_pools.create_mla_buffers),
+        Seam(mixin, "_profile_available_bytes", parts.virtual_bytes),
+        *parts.allocators(model_runner_kv_cache_mixin),
+        *parts.scheduling(config, _PARTS),
+        Seam(SchedulerPoolStatsObserver, "get_pool_stats", steps.counting),
+        Seam(Scheduler, "on_idle", steps.wrap_idle),
+    )
