@@ -88,7 +88,14 @@ def server(model: Path, tmp_path: Path) -> Iterator[Server]:
         started.kill()
 
 
-@pytest.mark.parametrize("victim", ["scheduler", "detokenizer", "server"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "scheduler",
+        pytest.param("detokenizer", marks=pytest.mark.matrix),
+        pytest.param("server", marks=pytest.mark.matrix),
+    ],
+)
 def test_the_death_of_one_process_is_that_of_all(
     server: Server, reference: list[list[int]], victim: str
 ) -> None:
