@@ -50,6 +50,18 @@ def test_layers_may_lie_apart(model: Path, plain: list[list[int]], tmp_path: Pat
     check(model, plain, tmp_path, 64 * MIB, False, {}, {"KVCACHED_LAYOUT": "layer"})
 
 
+@pytest.mark.matrix
+def test_the_prefix_cache_may_be_bounded(
+    model: Path, plain: list[list[int]], tmp_path: Path
+) -> None:
+    changes = switched_on(tmp_path, 64 * MIB, KVCACHED_MAX_CACHED_TOKENS="128")
+    job = {"task": "equality", "model": str(model), "arguments": {}}
+    with Engine(tmp_path / "engine", job, changes) as engine:
+        result = engine.answer()
+    assert result["outputs"] == [plain, plain]
+    assert result["loaded"]["cached"] <= 2 * result["loaded"]["page"]
+
+
 def check(
     model: Path,
     plain: list[list[int]],

@@ -258,6 +258,42 @@ def test_what_was_set_aside_cannot_be_taken(seams: dict[str, Any], tmp_path: Pat
         other.close()
 
 
+def test_what_was_promised_cannot_be_taken(seams: dict[str, Any], tmp_path: Path) -> None:
+    capacity = SLOTS * LAYERS * HEADS * HEAD_DIM * 4
+    with pair(seams, tmp_path, "mha", 1, "auto", capacity) as both:
+        slots = both.ours.slots
+        slots.begin_promises()
+        assert slots.promise(300) and slots.promise(200)
+        other = both.engine.build.ledger.join("other", "other")
+        assert other.lease(other.leasable())
+        assert not slots.promise(slots.most()), "it is with the other now"
+        assert len(both.ours.alloc(300)) == 300 and len(both.ours.alloc(200)) == 200
+        other.close()
+
+
+def test_pages_stay_until_the_steps_in_flight_are_done(
+    seams: dict[str, Any], tmp_path: Path
+) -> None:
+    with pair(seams, tmp_path, "mha", 1, "auto", 64 * MIB) as both:
+        engine = both.engine
+        taken = both.ours.alloc(1500)
+        engine.launch()  # the first step
+        mapped = both.mapped()
+        assert len(mapped) > 10
+        engine.launch()  # the second, which still writes there
+        both.ours.free(taken)
+        engine.finish()
+        engine.launch()  # the third: what is given up waits for the second
+        engine.memory.mapper.drain(5.0)
+        assert both.mapped() >= mapped
+        engine.finish()
+        engine.launch()
+        engine.memory.mapper.drain(5.0)
+        assert len(both.mapped()) < len(mapped) / 2
+        both.theirs.clear()
+        both.check(set())
+
+
 def test_a_second_kv_cache_is_refused(seams: dict[str, Any], tmp_path: Path) -> None:
     config = Config.from_env(
         {"KVCACHED_DEVICE": f"host:pools-{os.getpid()}", "KVCACHED_DIR": str(tmp_path / "ledger")}

@@ -157,7 +157,10 @@ class ElasticEngine:
         )
 
     def settle(self, idle: bool) -> None:
-        """Brings the warm pages to what the engine is about to need."""
+        """Brings the warm pages to what the engine is about to need, and the cache to its bound."""
+        most = self.build.config.max_cached_tokens
+        if most >= 0:
+            self.pages.evict(self.pages.evictable_blocks() - most // self.block_tokens)
         if self._may_drop():
             self.pages.settle(idle=idle)
             self._note_drops()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 SCHEDULER = "sglang.srt.managers.scheduler"
 DETOKENIZER = "sglang.srt.managers.detokenizer_manager"
@@ -32,8 +33,13 @@ class _HoldingLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         from kvcached.engines.sglang import plugin
 
+        if module.__spec__ is not None:  # from here on it is as if this loader had not been
+            module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         plugin.take_hold((module.__name__,))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)  # what runpy and others ask of a loader
 
 
 class SglangFinder(MetaPathFinder):

@@ -14,12 +14,13 @@ def register() -> None:
     """
     from kvcached.engines.sglang import finder
 
-    finder.wait()
-    take_hold(finder.loaded())
+    if take_hold(finder.loaded()):
+        finder.wait()
 
 
-def take_hold(modules: Sequence[str]) -> None:
-    """Installs kvcached into these modules of SGLang, if ``ENABLE_KVCACHED`` says so.
+def take_hold(modules: Sequence[str]) -> bool:
+    """Installs kvcached into these modules of SGLang, if ``ENABLE_KVCACHED`` says so; whether it
+    does.
 
     Ends the process where it cannot: SGLang only logs what a plugin raises, and would start as if
     all were well.
@@ -35,3 +36,4 @@ def take_hold(modules: Sequence[str]) -> None:
             install(config, modules)
     except KvcachedError as error:
         raise SystemExit(f"kvcached: {error}") from error
+    return config.enabled
