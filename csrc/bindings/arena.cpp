@@ -27,7 +27,7 @@ using SharedArena = std::shared_ptr<Arena>;
 // Runs `work` without the GIL: the core's mutexes are only ever waited for without it.
 template <typename Work>
 auto without_gil(Work&& work) {
-  py::gil_scoped_release release;
+  WithoutGil release;
   return work();
 }
 

@@ -23,7 +23,7 @@ template <typename Call>
 void run(Call&& call) {
   Status status;
   {
-    py::gil_scoped_release release;
+    WithoutGil release;
     status = call();
   }
   raise_if_failed(status);
@@ -38,14 +38,14 @@ Answer asked(Mapper& mapper, const Arguments&... arguments) {
 }
 
 void close(Mapper& mapper) {
-  py::gil_scoped_release release;
+  WithoutGil release;
   mapper.close();
 }
 
 // A mapper that dies with the GIL held, as Python objects do, joins its thread without it.
 void let_go(std::shared_ptr<Mapper> mapper) {
   if (PyGILState_Check() == 0) return;
-  py::gil_scoped_release release;
+  WithoutGil release;
   mapper.reset();
 }
 

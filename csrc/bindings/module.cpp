@@ -1,4 +1,5 @@
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include "bindings/bindings.hpp"
 #include "watch.hpp"
@@ -6,6 +7,25 @@
 namespace py = pybind11;
 
 namespace kvcached {
+
+namespace {
+
+bool interpreter_ends() {
+#if PY_VERSION_HEX >= 0x030d0000
+  return Py_IsFinalizing() != 0;
+#else
+  return _Py_IsFinalizing() != 0;
+#endif
+}
+
+}  // namespace
+
+WithoutGil::WithoutGil() : ending_(interpreter_ends()), state_(PyEval_SaveThread()) {}
+
+WithoutGil::~WithoutGil() noexcept(false) {
+  while (!ending_ && interpreter_ends()) pause();
+  PyEval_RestoreThread(state_);
+}
 
 void raise_if_failed(const Status& status) {
   if (status.is_ok()) return;

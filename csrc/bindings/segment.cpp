@@ -13,7 +13,7 @@ namespace kvcached {
 
 namespace {
 
-using NoGil = py::call_guard<py::gil_scoped_release>;
+using NoGil = py::call_guard<WithoutGil>;
 
 int64_t checked(int64_t size_bytes) {
   if (size_bytes < 0) {
@@ -39,7 +39,7 @@ template <typename Call>
 void run(Call&& call) {
   Status status;
   {
-    py::gil_scoped_release release;
+    WithoutGil release;
     status = call();
   }
   raise_if_failed(status);
@@ -169,7 +169,7 @@ bool lease(AccountHandle& account, int64_t size_bytes) {
   checked(size_bytes);
   Grant grant = account.try_lease(size_bytes);
   if (grant == Grant::kContended) {
-    py::gil_scoped_release release;
+    WithoutGil release;
     grant = account.lease(size_bytes);
   }
   return granted(grant, account.segment());
@@ -180,7 +180,7 @@ bool ask(MemberHandle& member, int64_t size_bytes) {
   checked(size_bytes);
   Grant grant;
   {
-    py::gil_scoped_release release;
+    WithoutGil release;
     grant = (member.*kAsk)(size_bytes);
   }
   return granted(grant, member.segment());

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,3 +147,40 @@ def test_a_new_owner_has_not_been_asked(ledger: Ledger) -> None:
     first.close()
     assert ledger.join("one", "one").asked() == 0
     member.close()
+
+
+ENDS_WHILE_A_THREAD_WAITS = """
+import sys, threading, time
+from pathlib import Path
+from kvcached.ledger import Ledger
+
+ledger = Ledger.open(Path(sys.argv[1]), "host:ends", 1 << 24)
+account = ledger.join("a" * 32, "ends", 4096)
+
+def follow():
+    while ledger.core.usable:
+        account.wait_pressure(account.pressure_seq, 60.0)
+
+threading.Thread(target=follow, daemon=True).start()
+time.sleep(0.2)
+
+class Holder:
+    def __del__(self):
+        ledger.close()  # rings the bell on which the thread sleeps
+        time.sleep(0.2)
+
+sys.modules["holder"] = Holder()  # goes when the interpreter has begun to end
+raise RuntimeError("as an engine that fails")
+"""
+
+
+def test_a_thread_that_waits_does_not_end_a_process_that_ends(tmp_path: Path) -> None:
+    """A daemon thread that wakes while the interpreter ends must not take the process down."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS_WHILE_A_THREAD_WAITS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "as an engine that fails" in done.stderr and "terminate" not in done.stderr
