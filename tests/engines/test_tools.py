@@ -111,6 +111,7 @@ def test_every_command_while_two_engines_work(
             assert lowered["limit"] == 12 * page
             wait_until(lambda: pair.account(pair.a).above == 0, 60, "a is within its limit")
             print(f"within the new limit after {time.monotonic() - start_s:.2f} s")
+            wait_until(lambda: ": a: limit (before none" in pair.a.log(), 20, "it is logged")
             answered = len(a.answers)
             wait_until(lambda: len(a.answers) > answered + 2, 60, "a answers under the limit")
             assert pair.account(pair.a).charge <= 12 * page

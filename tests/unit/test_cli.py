@@ -22,7 +22,7 @@ def test_version() -> None:
 
 
 def test_help_has_examples() -> None:
-    for command in ("demo", "list"):
+    for command in ("demo", "list", "doctor", "exporter"):
         done = _run(command, "--help")
         assert done.returncode == 0
         assert "Examples" in done.stdout and f"kvcached {command}" in done.stdout

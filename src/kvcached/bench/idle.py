@@ -50,13 +50,17 @@ def run(watchers: int, seconds: float, gpu: bool) -> dict[str, Any]:
         wakes: list[float] = []
         threads = []
         for number, ledger in enumerate(ledgers[:-1]):
-            account = ledger.join(f"i{number}", f"i{number}")
+            instance = f"i{number}"
+            account = ledger.join(instance, instance)
             account.lease(PAGE_BYTES)
             account.publish(PAGE_BYTES, 0, 0)
             threads.append(
                 threading.Thread(
                     target=follow_pressure,
-                    args=(_Pages(), lambda: wakes.append(0.0), account, ledger, _Device(memory)),
+                    args=(
+                        *(_Pages(), lambda: wakes.append(0.0)),
+                        *(account, ledger, _Device(memory), instance),
+                    ),
                 )
             )
             threads[-1].start()

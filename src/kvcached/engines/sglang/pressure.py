@@ -10,6 +10,7 @@ from typing import Any
 
 from kvcached.engines.sglang.engine import ElasticEngine
 from kvcached.errors import LedgerBusyError, LedgerError
+from kvcached.journal import Journal
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def _answering(maybe_sleep: Any, bell: int) -> Any:
 def _follow(engine: ElasticEngine, bell: int | None) -> None:
     account, ledger = engine.account, engine.build.ledger
     seen = account.pressure_seq
+    journal = Journal(ledger, engine.build.instance)
     while ledger.core.usable:
         now = account.wait_pressure(seen, TICK_S)
         if now == seen:
@@ -59,3 +61,4 @@ def _follow(engine: ElasticEngine, bell: int | None) -> None:
         if bell is not None and account.pressed():
             os.eventfd_write(bell, 1)
         seen = now
+        journal.look()

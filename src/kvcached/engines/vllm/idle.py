@@ -19,6 +19,7 @@ from kvcached.engines.vllm.device import Device
 from kvcached.engines.vllm.scheduler import ElasticScheduler
 from kvcached.errors import EngineError, LedgerBusyError, LedgerError, UnavailableError
 from kvcached.foreign import Memory
+from kvcached.journal import Journal
 from kvcached.ledger import Account, Ledger
 from kvcached.pages import PagePool
 from kvcached.sharing import FairShare
@@ -50,7 +51,7 @@ def attach(engine: Any) -> None:
     for one_device in zip(scheduler.accounts, scheduler.ledgers, scheduler.devices, strict=True):
         threading.Thread(
             target=follow_pressure,
-            args=(scheduler.pages, wake, *one_device),
+            args=(scheduler.pages, wake, *one_device, scheduler.instance),
             name="kvcached-pressure",
             daemon=True,
         ).start()
@@ -63,13 +64,16 @@ def _worker_pids(scheduler: ElasticScheduler) -> list[int]:
 
 
 def follow_pressure(
-    pages: PagePool, wake: Any, account: Account, ledger: Ledger, device: Device
+    pages: PagePool, wake: Any, account: Account, ledger: Ledger, device: Device, instance: str
 ) -> None:
-    """Wakes the engine when one of its devices asks for memory; a thread sleeps on each."""
+    """Wakes the engine when one of its devices asks for memory; a thread sleeps on each. It also
+    logs what happens there.
+    """
     memory = device.memory
     tick = TICK_S if memory is None else FOREIGN_TICK_S
     fair = FairShare(account, pages.page_bytes)
     seen = account.pressure_seq
+    journal = Journal(ledger, instance)
     while ledger.core.usable:
         now = account.wait_pressure(seen, tick)
         if now == seen and not _look_around(ledger, memory):
@@ -81,6 +85,7 @@ def follow_pressure(
             if gives or pages.rested() or account.asked() > 0:
                 wake()
         seen = now
+        journal.look()
 
 
 def _look_around(ledger: Ledger, memory: Memory | None) -> bool:

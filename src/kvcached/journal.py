@@ -1,0 +1,67 @@
+"""Noteworthy events in the engine's own log: a line each, at the level that they deserve.
+
+They are the same that ``kvctl watch --events`` tells (``kvcached.events``), seen by the thread of
+an engine that waits for pressure anyway, at most once a second. Of other instances only what
+changes the picture is logged: that they come, go or die.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from kvcached.errors import LedgerError
+from kvcached.events import Event, between
+from kvcached.ledger import Ledger
+
+logger = logging.getLogger(__name__)
+
+LEAST_S = 1.0
+"""Between two looks: what happens meanwhile is one line with its sum."""
+
+LEVELS = {
+    "joined": logging.INFO,
+    "ready": logging.DEBUG,
+    "left": logging.INFO,
+    "died": logging.WARNING,
+    "reaped": logging.INFO,
+    "limit": logging.INFO,
+    "guarantee": logging.INFO,
+    "weight": logging.INFO,
+    "capacity": logging.INFO,
+    "refused": logging.INFO,
+    "reclaim": logging.INFO,
+    "set aside": logging.INFO,
+    "waited": logging.DEBUG,
+    "ledger": logging.DEBUG,
+}
+_OF_OTHERS = frozenset({"joined", "left", "died", "reaped", "set aside"})
+
+
+class Journal:
+    """The log of one instance on one device. One thread at a time."""
+
+    def __init__(
+        self, ledger: Ledger, instance: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._ledger, self._instance, self._clock = ledger, instance, clock
+        self._last = ledger.snapshot()
+        self._looked_s = clock()
+
+    def look(self) -> None:
+        """Logs what has happened since the last look, unless that was just now."""
+        now_s = self._clock()
+        if now_s - self._looked_s < LEAST_S:
+            return
+        self._looked_s = now_s
+        try:
+            before, self._last = self._last, self._ledger.snapshot()
+        except LedgerError:  # closed, or cut: who uses the ledger says so
+            return
+        for event in between(before, self._last):
+            if self._concerns(event):
+                logger.log(LEVELS[event.kind], "kvcached: %s", event)
+
+    def _concerns(self, event: Event) -> bool:
+        return not event.instance or event.instance == self._instance or event.kind in _OF_OTHERS
