@@ -49,16 +49,19 @@ class Event:
 
     def __str__(self) -> str:
         subject = f"{self.device}: {self.name}" if self.name else self.device
-        words = [f"{key.replace('_', ' ')} {_word(key, v)}" for key, v in self.figures.items()]
+        words = [_words(key, value) for key, value in self.figures.items()]
         return f"{subject}: {self.kind}" + (f" ({', '.join(words)})" if words else "")
 
 
-def _word(key: str, value: Figure) -> str:
+def _words(key: str, value: Figure) -> str:
+    name = key.replace("_", " ")
     if value is None:
-        return "none"
-    if key.endswith(("count", "blocks", "weight", "_us", "pid")) or isinstance(value, float | str):
-        return f"{value:g}" if isinstance(value, float) else str(value)
-    return format_size(value)
+        return f"{name} none"
+    if key.endswith("_us") and isinstance(value, int):
+        return f"{name.removesuffix(' us')} {value / 1000:.1f} ms"
+    if key.endswith(("count", "blocks", "weight", "pid")) or isinstance(value, float | str):
+        return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+    return f"{name} {format_size(value)}"
 
 
 def between(before: LedgerSnapshot | None, after: LedgerSnapshot) -> Iterator[Event]:

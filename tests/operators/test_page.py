@@ -83,6 +83,12 @@ def test_bars_are_to_scale(page: Page, ledger: Ledger) -> None:
     expect(page.locator(f"{row(page, 'code')} .bar rect.guarantee")).to_have_count(1)
     limit = page.locator(f"{row(page, 'chat')} .bar rect.limit")
     expect(limit).to_have_attribute("x", "500.00")
+    late = ledger.join("late", "late")
+    late.set_demand(8 * PAGE)
+    expect(page.locator(f"{row(page, 'late')} .bar rect.demand")).to_have_attribute(
+        "width", "248.00"
+    )
+    late.close()
     account = ledger.snapshot().account("chat")
     assert account is not None
     for state, size in (("in_use", account.in_use), ("cached", account.cached)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def test_shortage_waits_and_reclaim(ledger: Ledger) -> None:
     reclaim, waited = looks.events()
     assert (reclaim.kind, reclaim.figures) == ("reclaim", {"size": 3 * MIB, "cached_blocks": 4})
     assert waited.kind == "waited" and waited.figures["count"] == 1
+    assert re.search(r"waited \(count 1, waited \d+\.\d ms\)$", str(waited))
     for each in (account, other):
         each.close()
 

@@ -80,7 +80,8 @@ function total(device) {
   return Math.max(device.capacity, charged + device.foreign, 1);
 }
 
-// In use, cached and warm, under the limit (a line) and over the guarantee (a dashed frame).
+// In use, cached and warm, and what it demands beyond (an empty frame), under the limit (a line) and
+// over the guarantee (a dashed frame).
 function drawBar(svg, account, capacity, colour) {
   svg.setAttribute("viewBox", "0 0 1000 20");
   svg.replaceChildren();
@@ -91,6 +92,10 @@ function drawBar(svg, account, capacity, colour) {
     shape(svg, "rect", { class: state, x: from.toFixed(2), y: 3, width: width.toFixed(2),
                          height: 14, fill: colour });
     from += width;
+  }
+  if (account.demand > 0) {
+    shape(svg, "rect", { class: "demand", x: (from + 1).toFixed(2), y: 4, height: 12,
+                         width: Math.max(3, scale(account.demand) - 2).toFixed(2) });
   }
   if (account.guarantee > 0) {
     shape(svg, "rect", { class: "guarantee", x: 1, y: 1, height: 18,
