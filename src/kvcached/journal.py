@@ -2,15 +2,18 @@
 
 They are the same that ``kvctl watch --events`` tells (``kvcached.events``), seen by the thread of
 an engine that waits for pressure anyway, at most once a second. Of other instances only what
-changes the picture is logged: that they come, go or die.
+changes the picture is logged: that they come, go or die. The first look also compares what the
+kernel says: processes that use another ledger for the same device are warned of.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 
+from kvcached import strangers
 from kvcached.errors import LedgerError
 from kvcached.events import Event, between
 from kvcached.ledger import Ledger
@@ -48,6 +51,7 @@ class Journal:
         self._ledger, self._instance, self._clock = ledger, instance, clock
         self._last = ledger.snapshot()
         self._looked_s = clock()
+        self._alone = False  # nobody was looked for yet who uses another ledger
 
     def look(self) -> None:
         """Logs what has happened since the last look, unless that was just now."""
@@ -55,6 +59,9 @@ class Journal:
         if now_s - self._looked_s < LEAST_S:
             return
         self._looked_s = now_s
+        if not self._alone:
+            self._alone = True
+            self._warn_of_other_ledgers()
         try:
             before, self._last = self._last, self._ledger.snapshot()
         except LedgerError:  # closed, or cut: who uses the ledger says so
@@ -62,6 +69,19 @@ class Journal:
         for event in between(before, self._last):
             if self._concerns(event):
                 logger.log(LEVELS[event.kind], "kvcached: %s", event)
+
+    def _warn_of_other_ledgers(self) -> None:
+        """Once: it reads the mappings of every process that this one may look at."""
+        for each in strangers.mapped_ledgers()[0]:
+            if each.file_name == self._ledger.path.name and os.getpid() not in each.pids:
+                logger.warning(
+                    "kvcached: processes %s use another ledger for %s, %s beside %s: both lend all "
+                    "of its memory (containers must mount one folder; see kvcached doctor)",
+                    ", ".join(map(str, each.pids)),
+                    self._ledger.device,
+                    each.path,
+                    self._ledger.path,
+                )
 
     def _concerns(self, event: Event) -> bool:
         return not event.instance or event.instance == self._instance or event.kind in _OF_OTHERS
