@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from kvcached.engines.sglang import finder
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "engine_integration" / "scripts"
 WHEELS = ROOT / "build" / "wheels"
-PATCHES = sorted(SCRIPTS.glob("kvcached-vllm-v*.patch"))
+PATCHES = sorted(SCRIPTS.glob("kvcached-*-v*.patch"))
 
 
 def wheel(project: str, version: str) -> Path:
@@ -53,9 +55,22 @@ def test_a_patch_applies_to_the_published_files_and_comes_off(
     assert [file.read_bytes() for file in files] == before
 
 
-def test_the_patch_calls_every_hook_and_nothing_else() -> None:
-    (patch,) = PATCHES
-    added = [line[1:].strip() for line in patch.read_text().splitlines() if line[:1] == "+"]
-    called = {name for line in added for name in re.findall(r"hooks\.(\w+)\(", line)}
+def added(engine: str) -> list[str]:
+    """The lines that an engine's patch adds."""
+    (patch,) = (each for each in PATCHES if each.name.startswith(f"kvcached-{engine}-"))
+    lines = patch.read_text().splitlines()
+    return [line[1:].strip() for line in lines if line[:1] == "+" and line[:3] != "+++"]
+
+
+def test_the_patch_of_vllm_calls_every_hook_and_nothing_else() -> None:
+    called = {name for line in added("vllm") for name in re.findall(r"hooks\.(\w+)\(", line)}
     assert called == {"configured", "processed", "built", "runs", "ended"}
-    assert len([line for line in added if line and not line.startswith("++")]) <= 12
+    assert len([line for line in added("vllm") if line]) <= 12
+
+
+def test_the_patch_of_sglang_calls_what_the_finder_calls_in_the_same_modules() -> None:
+    (patch,) = (each for each in PATCHES if each.name.startswith("kvcached-sglang-"))
+    files = re.findall(r"^--- a/(\S+)\.py", patch.read_text(), re.MULTILINE)
+    assert {file.replace("/", ".") for file in files} == {*finder.WAITED_FOR}
+    assert len([line for line in added("sglang") if line]) == 2 * len(finder.WAITED_FOR)
+    assert added("sglang").count("kvcached_plugin.take_hold((__name__,))") == len(files)
