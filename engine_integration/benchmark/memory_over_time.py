@@ -57,6 +57,8 @@ def show(path: Path) -> None:
         most = max(own, key=lambda row: int(row["charge"]))
         capacity = format_size(int(most["capacity"]))
         print(f"KV cache of {name} on {device} ({capacity}): most {size(most, 'charge')}")
+        if len({row["charge"] for row in own}) == 1:
+            continue  # it had nothing to do
         print("   at s     held   in use   cached     warm")
         step = max(1, -(-len(own) // LINES))
         for row in own[::step]:

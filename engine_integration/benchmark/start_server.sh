@@ -76,6 +76,8 @@ if [ "$DEVICE" = cpu ]; then
     export SGLANG_USE_CPU_ENGINE=1 TRITON_INTERPRET=1
     arguments+=(--device cpu --dtype float32 --attention-backend torch_native)
     arguments+=(--sampling-backend pytorch --disable-cuda-graph --context-length 2048)
+    # Old versions choose these by the GPU's memory.
+    arguments+=(--chunked-prefill-size 2048 --mem-fraction-static 0.5 --cuda-graph-max-bs 8)
     [ -z "$plain" ] || arguments+=(--max-total-tokens 16384)
 fi
 exec "$VENV/bin/python" -m sglang.launch_server "${arguments[@]}" "$@"
