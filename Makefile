@@ -49,12 +49,8 @@ bench: build  ## the speed of the allocator, the adapter and the arena
 	@echo "== bench: a page in and out, beside the bare calls"
 	@$(PYTHON) -m kvcached.cli.main bench vmm --backend host --json
 
-matrix: build  ## the engine tests with vLLM 0.24, in .venv-0.24/ (long)
-	@echo "== matrix: engine tests with vLLM 0.24"
-	@$(BOOTSTRAP) tools/setup_env.py --vllm 0.24
-	@.venv-0.24/bin/python setup.py --quiet build_ext --inplace > build/core-0.24.log 2>&1 \
-	    || { cat build/core-0.24.log; exit 1; }
-	@.venv-0.24/bin/python -m pytest -m "not slow and not gpu" tests/engines $(TEST_ARGS)
+matrix: build  ## the engine tests with every version, in .venv-*/; writes docs/engines.md (hours)
+	@$(BOOTSTRAP) tools/matrix.py $(MATRIX_ARGS)
 
 matrix-sglang: build  ## all tests of SGLang with each version, in .venv-sglang-VERSION/ (long)
 	@set -e; for version in $(SGLANG_VERSIONS); do \

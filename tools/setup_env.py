@@ -60,7 +60,10 @@ class Environment(NamedTuple):
 MAIN = "0.32"
 ENVIRONMENTS = {
     "0.32": Environment(".venv", "0.32.0", "2.13.0", "demo,test,lint"),
+    "0.26": Environment(".venv-0.26", "0.26.0", "2.11.0", "demo,test"),
     "0.24": Environment(".venv-0.24", "0.24.0", "2.11.0", "demo,test"),
+    "0.19": Environment(".venv-0.19", "0.19.1", "2.10.0", "demo,test"),
+    "0.13": Environment(".venv-0.13", "0.13.0", "2.9.1", "demo,test"),
     # For GPUs only, and imported here without one: what it imports only when used stays out.
     "0.8.4": Environment(
         ".venv-0.8.4",

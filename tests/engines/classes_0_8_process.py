@@ -120,6 +120,7 @@ class Program:
         # Something was evicted in one of them, or one has had a request that the other refused:
         # from then on prefix hits may differ.
         self.parted = False
+        self.lost = 0  # cached blocks, so far
         self.counts: Counter[str] = Counter()
 
     def run(self, steps: int) -> dict[str, int]:
@@ -129,6 +130,7 @@ class Program:
                 [30, 45, 15, 3, 2, 5],
             )[0]
             action(str(number))
+            self.check_growth(reclaimed=action == self.reclaim)
             self.ours.step()
             self.check()
         for name in list(self.live):
@@ -257,6 +259,12 @@ class Program:
             if block is not null:
                 assert block.block_hash == wanted
                 assert self.ours.pages.blocks.is_present(block.block_id // PER_PAGE)
+
+    def check_growth(self, reclaimed: bool) -> None:
+        """With memory for all pages, no allocation takes a cached block before all are there."""
+        core = self.ours.pages.blocks
+        lost, self.lost = core.evictions - self.lost, core.evictions
+        assert not lost or reclaimed or not self.roomy or core.present_pages == core.num_pages
 
     def check(self) -> None:
         self.ours.pages.check()

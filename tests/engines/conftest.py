@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == HERE:
             item.add_marker(pytest.mark.engine)
+
+
+@pytest.fixture(autouse=True)
+def kind(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    """For the support matrix (``tools/matrix.py``): whether a real engine runs a real model."""
+    runs_a_model = "model" in request.fixturenames
+    record_property("runs", "real engine" if runs_a_model else "real classes")
 
 
 @pytest.fixture(autouse=True)

@@ -98,7 +98,7 @@ def check_a_rank_that_fails() -> None:
         raise OutOfMemoryError("host:b refused 2 MiB under a lease")
 
     worker = ElasticWorker()
-    worker._warm, worker.device = True, SimpleNamespace(type="cpu")  # type: ignore[assignment]
+    worker._warm, worker._device = True, SimpleNamespace(memory=None)
     worker.mapper = SimpleNamespace(apply=refuse)  # type: ignore[assignment]
     step = SimpleNamespace(kvcached_commands=Commands((), (1,)))
     worker.rank, worker.is_driver_worker = 0, True

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from harness import HERE, MIB, SOURCE, end_session, environment, switched_on
 
-SUPPORTED = "==0.8.4, ~=0.24.0, ~=0.32.0"
+SUPPORTED = "==0.8.4, ~=0.13.0, ==0.19.1, ~=0.24.0, ~=0.26.0, ~=0.32.0"
 OTHER_VERSION = """
 import sys, types
 version = types.ModuleType("vllm._version")

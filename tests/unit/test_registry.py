@@ -30,6 +30,8 @@ PARTS = {
     ("version", "module"),
     [
         ("0.8.4", "kvcached.engines.vllm.v0_8"),
+        ("0.13.0+cpu", "kvcached.engines.vllm.v0_13"),
+        ("0.19.1", "kvcached.engines.vllm.v0_19"),
         ("0.24.0", "kvcached.engines.vllm.v0_24"),
         ("0.24.0+cpu", "kvcached.engines.vllm.v0_24"),
         ("0.24.1", "kvcached.engines.vllm.v0_24"),
@@ -43,14 +45,26 @@ def test_a_version_finds_its_adapter(version: str, module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "version", ["0.8.3", "0.8.5", "0.23.0", "0.25.0", "0.31.9", "0.33.0", "1.24.0", "0.24.0.dev1"]
+    "version",
+    [
+        "0.8.3",
+        "0.8.5",
+        "0.14.0",
+        "0.19.0",
+        "0.23.0",
+        "0.25.0",
+        "0.31.9",
+        "0.33.0",
+        "1.24.0",
+        "0.24.0.dev1",
+    ],
 )
 def test_other_versions_are_refused_with_what_is_supported(version: str) -> None:
     with pytest.raises(UnsupportedEngineError) as raised:
         registry.find("vllm", version)
     for part in (
         f"vllm {version} is not supported",
-        "==0.8.4, ~=0.24.0, ~=0.32.0",
+        "==0.8.4, ~=0.13.0, ==0.19.1, ~=0.24.0, ~=0.26.0, ~=0.32.0",
         "Unset ENABLE_KVCACHED",
     ):
         assert part in str(raised.value)

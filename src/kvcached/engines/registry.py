@@ -23,7 +23,10 @@ class Support:
 
 SUPPORTED = (
     Support("vllm", SpecifierSet("==0.8.4"), "kvcached.engines.vllm.v0_8"),
+    Support("vllm", SpecifierSet("~=0.13.0"), "kvcached.engines.vllm.v0_13"),
+    Support("vllm", SpecifierSet("==0.19.1"), "kvcached.engines.vllm.v0_19"),
     Support("vllm", SpecifierSet("~=0.24.0"), "kvcached.engines.vllm.v0_24"),
+    Support("vllm", SpecifierSet("~=0.26.0"), "kvcached.engines.vllm.v0_26"),
     Support("vllm", SpecifierSet("~=0.32.0"), "kvcached.engines.vllm.v0_32"),
     Support("sglang", SpecifierSet("==0.4.6.*"), "kvcached.engines.sglang.v0_4_6"),
     Support("sglang", SpecifierSet("==0.4.9"), "kvcached.engines.sglang.v0_4_9"),

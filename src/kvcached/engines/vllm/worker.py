@@ -93,7 +93,7 @@ class ElasticWorker:
             self.vllm_config, used, kv_cache_config, tensors, config.layout, limits
         )
         shape = geometry.of(kv_cache_config, plan.runs, self._device, config.page_bytes)
-        backend = self._device.open_backend(self.device.index or 0, self._ledger.lock_fd)
+        backend = self._device.open_backend(self._ordinal(), self._ledger.lock_fd)
         layout, zero_holes = shape.layout(plan.runs, backend.granularity), config.unmapped == "zero"
         pinned = layout.page_bytes + (layout.zero_bytes if zero_holes else 0)
         each = self._ranks_here
@@ -166,9 +166,13 @@ class ElasticWorker:
             logger.critical("kvcached: rank %d of the engine ends: %s", self.rank, error)
             os._exit(1)
 
+    def _ordinal(self) -> int:
+        """Which of the GPUs that this process sees; 0 on the host."""
+        return getattr(self.device, "index", None) or 0  # old workers for CPUs have no device
+
     def _stream(self) -> int:
         """The stream on which the model runs; 0 on the host, where work is done when it returns."""
-        if self.device.type != "cuda":
+        if self._device.memory is None:
             return 0
         return int(torch.cuda.current_stream(self.device).cuda_stream)
 

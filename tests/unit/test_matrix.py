@@ -1,0 +1,69 @@
+"""The support matrix: what pytest's reports say becomes the page's rows."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+CASE = """<testcase classname="{file}" name="{name}"><properties>
+<property name="runs" value="{kind}"/></properties>{outcome}</testcase>"""
+
+
+@pytest.fixture
+def matrix(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    for name in ("matrix", "setup_env"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module("matrix")
+
+
+def report(path: Path, *cases: tuple[str, str, str]) -> Path:
+    lines = [
+        CASE.format(file="tests.engines.test_x", name=name, kind=kind, outcome=outcome)
+        for name, kind, outcome in cases
+    ]
+    path.write_text(f"<testsuites><testsuite>{''.join(lines)}</testsuite></testsuites>")
+    return path
+
+
+def test_the_last_run_of_each_test_counts(matrix: ModuleType, tmp_path: Path) -> None:
+    first = report(
+        tmp_path / "vllm-0.24-000.xml",
+        ("a", "real engine", "<failure/>"),
+        ("b", "real engine", "<skipped/>"),
+        ("c", "real classes", "<error/>"),
+    )
+    second = report(tmp_path / "vllm-0.24-001.xml", ("a", "real engine", ""))
+    os.utime(first, (1_700_000_000, 1_700_000_000))
+    os.utime(second, (1_700_100_000, 1_700_100_000))
+    results = matrix.Results([second, first])
+    assert results.cell("real engine") == "1 passed, 1 do not apply"
+    assert results.cell("real classes") == "0 passed, **1 failed**"
+    line = matrix.row("0.24", results)
+    assert line.startswith(
+        "| vLLM 0.24.0 | 1 passed, 1 do not apply | 0 passed, **1 failed** | H100"
+    )
+    assert line.endswith("| 2023-11-16 |")
+
+
+def test_what_only_skips_was_not_run(matrix: ModuleType, tmp_path: Path) -> None:
+    only = report(tmp_path / "one.xml", ("a", "real engine", "<skipped/>"))
+    assert matrix.Results([only]).cell("real engine") == "no"
+
+
+def test_rows_of_other_versions_stay_in_the_order_of_versions(matrix: ModuleType) -> None:
+    old = matrix.page("", ["| vLLM 0.24.0 | old | a |", "| vLLM 0.8.4 | old | b |"])
+    new = matrix.page(old, ["| vLLM 0.24.0 | new | c |", "| vLLM 0.13.0 | new | d |"])
+    rows = [line for line in new.splitlines() if line.startswith("| vLLM")]
+    assert rows == [
+        "| vLLM 0.8.4 | old | b |",
+        "| vLLM 0.13.0 | new | d |",
+        "| vLLM 0.24.0 | new | c |",
+    ]
+    assert matrix.HEADER in new

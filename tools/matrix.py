@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+"""Runs the engine tests with every supported version of vLLM and writes docs/engines.md.
+
+    python3 tools/matrix.py                  all versions, everything (hours)
+    python3 tools/matrix.py 0.26 0.19        these versions
+    python3 tools/matrix.py 0.26 -- ARGS     with these arguments for pytest, as for a part of the
+                                             tests; parts of one version add up
+    python3 tools/matrix.py --page           writes the page from what has run
+
+Results lie in build/matrix/ as pytest writes them. Of a version without any there, the page keeps
+its row. Standard library only, Python 3.10 or newer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import setup_env
+
+ROOT = setup_env.ROOT
+RESULTS = ROOT / "build" / "matrix"
+PAGE = ROOT / "docs" / "engines.md"
+TESTS = ("-m", "not slow and not gpu", "tests/engines")
+HEADER = "| version | real engine on a CPU | real classes | on a GPU | last run |"
+# What a GPU has run: by hand, on a lent machine (benchmarks/gpu), so said here.
+ON_GPU = {"0.24": "H100, V1 and V2 runner ([performance](performance.md))"}
+INTRODUCTION = """\
+# Engines
+
+What was run with which version of an engine. `make matrix` runs it again and writes this page; each
+version has an environment of its own (`tools/setup_env.py`).
+
+- *real engine on a CPU*: tests that start the engine, with kvcached and without it, and compare
+  what it answers.
+- *real classes*: tests of the engine's own code without a model: its block pool, its KV-cache
+  manager, its scheduler, its model runner's tensors; of vLLM 0.8.4, which runs on GPUs only, also
+  its engine around a toy model.
+- Numbers are tests that passed; then those that failed, and those that do not apply to the version.
+
+At start, in the engine's own processes, kvcached compares the signatures and attributes that it
+counts on with those of the engine that is there, and refuses by name what has changed; it looks
+whether the KV cache lies where it maps memory, and whether the first step's pages are mapped
+([integration](integration.md)).
+"""
+
+
+class Results:
+    """What the tests of one version said, by kind (``real engine``, ``real classes``)."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.outcomes: dict[str, str] = {}  # of each test, in its last run
+        self.kinds: dict[str, str] = {}
+        self.last_s = 0.0
+        for file in sorted(files, key=lambda file: file.stat().st_mtime):
+            self.last_s = file.stat().st_mtime
+            for case in ET.parse(file).iter("testcase"):
+                name = f"{case.get('classname')}::{case.get('name')}"
+                self.outcomes[name] = _outcome(case)
+                for prop in case.iter("property"):
+                    if prop.get("name") == "runs":
+                        self.kinds[name] = str(prop.get("value"))
+
+    def count(self, kind: str) -> Counter[str]:
+        return Counter(o for name, o in self.outcomes.items() if self.kinds.get(name) == kind)
+
+    def cell(self, kind: str) -> str:
+        """In words: ``31 passed, 2 failed, 4 do not apply``."""
+        counts = self.count(kind)
+        if not counts["passed"] and not counts["failed"]:
+            return "no"
+        words = [f"{counts['passed']} passed"]
+        words += [f"**{counts['failed']} failed**"] if counts["failed"] else []
+        words += [f"{counts['skipped']} do not apply"] if counts["skipped"] else []
+        return ", ".join(words)
+
+
+def _outcome(case: ET.Element) -> str:
+    if case.find("failure") is not None or case.find("error") is not None:
+        return "failed"
+    return "skipped" if case.find("skipped") is not None else "passed"
+
+
+def row(version: str, results: Results) -> str:
+    """A version's line of the page."""
+    day = datetime.date.fromtimestamp(results.last_s).isoformat()
+    name = f"vLLM {setup_env.ENVIRONMENTS[version].vllm}"
+    cells = [results.cell("real engine"), results.cell("real classes"), ON_GPU.get(version, "no")]
+    return f"| {name} | {' | '.join(cells)} | {day} |"
+
+
+def page(old: str, rows: Sequence[str]) -> str:
+    """The page with these rows, and those of other versions as they were."""
+    kept = {_name(line): line for line in old.splitlines() if line.startswith("| vLLM ")}
+    kept.update({_name(line): line for line in rows})
+    lines = [kept[name] for name in sorted(kept, key=_version)]
+    table = "\n".join([HEADER, "|---|---|---|---|---|", *lines])
+    return f"{INTRODUCTION}\n{table}\n"
+
+
+def _name(line: str) -> str:
+    return line.split("|")[1].strip()
+
+
+def _version(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)]
+
+
+def write_page() -> None:
+    rows = []
+    for version in setup_env.ENVIRONMENTS:
+        if files := list(RESULTS.glob(f"vllm-{version}-*.xml")):
+            rows.append(row(version, Results(files)))
+    old = PAGE.read_text() if PAGE.exists() else ""
+    PAGE.write_text(page(old, rows))
+    print(f"matrix: {PAGE.relative_to(ROOT)} has {len(rows)} new rows")
+
+
+def run(version: str, arguments: Sequence[str]) -> int:
+    """Sets a version up, runs the tests with it, and keeps what they say."""
+    env = setup_env.ENVIRONMENTS[version]
+    subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "setup_env.py"), "--vllm", version], check=True
+    )
+    build = [str(env.python), "setup.py", "--quiet", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    number = len(list(RESULTS.glob(f"vllm-{version}-*.xml")))
+    report = RESULTS / f"vllm-{version}-{number:03}.xml"
+    # Of pytest's formats, one that has properties: what a test ran (tests/engines/conftest.py).
+    reporting = ["-o", "junit_family=xunit1", f"--junitxml={report}"]
+    tests = [str(env.python), "-m", "pytest", *reporting, *(arguments or TESTS)]
+    print(f"== matrix: vLLM {env.vllm}", flush=True)
+    return subprocess.run(tests, cwd=ROOT).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("versions", nargs="*", help="all, unless some are named")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    own, rest = _split(sys.argv[1:])
+    options = parser.parse_args(own)
+    unknown = {*options.versions} - {*setup_env.ENVIRONMENTS}
+    if unknown:
+        parser.error(f"no environment for {', '.join(sorted(unknown))}")
+    failed = []
+    if not options.page:
+        for version in options.versions or setup_env.ENVIRONMENTS:
+            if run(version, rest) != 0:
+                failed.append(version)
+    write_page()
+    if failed:
+        print(f"matrix: failed with {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before and after ``--``."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
