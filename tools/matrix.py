@@ -132,13 +132,18 @@ def run(version: str, arguments: Sequence[str]) -> int:
     build = [str(env.python), "setup.py", "--quiet", "build_ext", "--inplace"]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    number = len(list(RESULTS.glob(f"vllm-{version}-*.xml")))
-    report = RESULTS / f"vllm-{version}-{number:03}.xml"
+    report = RESULTS / f"vllm-{version}-{next_number(version):03}.xml"
     # Of pytest's formats, one that has properties: what a test ran (tests/engines/conftest.py).
     reporting = ["-o", "junit_family=xunit1", f"--junitxml={report}"]
     tests = [str(env.python), "-m", "pytest", *reporting, *(arguments or TESTS)]
     print(f"== matrix: vLLM {env.vllm}", flush=True)
     return subprocess.run(tests, cwd=ROOT).returncode
+
+
+def next_number(version: str) -> int:
+    """A number that no report of this version has."""
+    taken = [int(file.stem.rpartition("-")[2]) for file in RESULTS.glob(f"vllm-{version}-*.xml")]
+    return max(taken, default=-1) + 1
 
 
 def main() -> int:

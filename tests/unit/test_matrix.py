@@ -52,6 +52,16 @@ def test_the_last_run_of_each_test_counts(matrix: ModuleType, tmp_path: Path) ->
     assert line.endswith("| 2023-11-16 |")
 
 
+def test_a_part_of_the_tests_replaces_no_other_parts_report(
+    matrix: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "RESULTS", tmp_path)
+    assert matrix.next_number("0.24") == 0
+    for name in ("vllm-0.24-007.xml", "vllm-0.26-020.xml"):
+        report(tmp_path / name)
+    assert matrix.next_number("0.24") == 8
+
+
 def test_what_only_skips_was_not_run(matrix: ModuleType, tmp_path: Path) -> None:
     only = report(tmp_path / "one.xml", ("a", "real engine", "<skipped/>"))
     assert matrix.Results([only]).cell("real engine") == "no"
