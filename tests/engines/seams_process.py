@@ -10,6 +10,7 @@ from typing import Any
 from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
+from vllm.v1.engine.core_client import MPClient
 
 from kvcached.engines.vllm.plugin import register
 
@@ -26,6 +27,8 @@ SEAMS = {
 }
 if InputProcessor.__name__ == "Processor":
     SEAMS.add((EngineCore, "shutdown"))  # nobody tells its schedulers
+else:
+    SEAMS.add((MPClient, "shutdown"))
 
 
 def state() -> dict[type, dict[str, Any]]:

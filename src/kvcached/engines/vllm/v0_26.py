@@ -9,7 +9,7 @@ from kvcached.engines.vllm import expects_0_26 as expects
 from kvcached.engines.vllm import scheduling
 from kvcached.engines.vllm import tensors_0_24 as tensors
 from kvcached.engines.vllm.layers import used_backends
-from kvcached.engines.vllm.seams import common
+from kvcached.engines.vllm.seams import client, common
 from kvcached.engines.vllm.steps import new_blocks
 
 __all__ = [
@@ -27,4 +27,4 @@ PLATFORMS = ("cpu",)
 
 def seams() -> Sequence[Seam]:
     """What is replaced in vLLM's own code."""
-    return common(InputProcessor)
+    return (*common(InputProcessor), client())
