@@ -44,7 +44,8 @@ class Server:
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
         command += ["--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32"]
         command += ["--sampling-backend", "pytorch", "--disable-cuda-graph", "--port", str(port)]
-        command += ["--skip-tokenizer-init", "--context-length", "4096", "--skip-server-warmup"]
+        command += ["--skip-tokenizer-init", "--context-length", "4096"]
+        command += ["--mem-fraction-static", "0.1"]  # 0.4 computes it from the GPU's memory
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
