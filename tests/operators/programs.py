@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEBIAN = ROOT / "build" / "debian"
 DEVICE = "host:tools"
 PAGES = 32
+START_S = 60.0
 HOW = "make programs brings it"
 
 
@@ -76,7 +78,9 @@ def browser() -> Iterator[Browser]:
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:
-    while process.poll() is None:
+    end_s = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < end_s:
+        time.sleep(0.02)
         if found := re.search(r"metrics on (http://\S+)/metrics", log.read_text()):
             return found.group(1)
     pytest.fail(log.read_text())

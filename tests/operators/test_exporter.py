@@ -277,8 +277,9 @@ def test_the_state_goes_on_where_it_was_left(address: str, ledger: Ledger) -> No
     first = httpx.get(f"{address}/api/v1/state").json()
     assert [event["event"] for event in first["events"]][:3] == ["ledger", "joined", "ready"]
     ledger.set_weight("chat", 2)
-    time.sleep(0.3)
-    later = httpx.get(f"{address}/api/v1/state?after={first['sequence']}").json()
+    later, end_s = first, time.monotonic() + 20
+    while later is first or not (later["events"] or time.monotonic() > end_s):
+        later = httpx.get(f"{address}/api/v1/state?after={first['sequence']}").json()
     assert [event["event"] for event in later["events"]] == ["weight"]
     assert later["samples"][0]["sequence"] == first["sequence"] + 1
     assert later["devices"][0]["accounts"][0]["weight"] == 2

@@ -15,6 +15,7 @@ from programs import DEVICE, PAGES, browser, exporter
 from kvcached.ledger import Ledger
 from kvcached.units import format_size
 
+expect.set_options(timeout=20_000)  # a busy machine's browser takes its time
 TOKEN = "correct-horse-battery"
 
 
