@@ -2,8 +2,8 @@
 
 They are the same that ``kvctl watch --events`` tells (``kvcached.events``), seen by the thread of
 an engine that waits for pressure anyway, at most once a second. Of other instances only what
-changes the picture is logged: that they come, go or die. The first look also compares what the
-kernel says: processes that use another ledger for the same device are warned of.
+changes the picture is logged: that they come, go or die. On a GPU the first look also compares
+what the kernel says: processes that use another ledger for the same GPU are warned of.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Journal:
         self._ledger, self._instance, self._clock = ledger, instance, clock
         self._last = ledger.snapshot()
         self._looked_s = clock()
-        self._alone = False  # nobody was looked for yet who uses another ledger
+        # Whether nobody needs looking for who uses another ledger. Host memory has as many as there
+        # are folders, and reading every process's mappings costs some milliseconds.
+        self._alone = ledger.device.startswith("host:")
 
     def look(self) -> None:
         """Logs what has happened since the last look, unless that was just now."""

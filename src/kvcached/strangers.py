@@ -6,6 +6,7 @@ The kernel tells which file a process maps, and the driver which processes use a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from pathlib import Path
 from kvcached.snapshot import LedgerSnapshot
 
 _DELETED = " (deleted)"
-_PREFIXES = ("ledger-host-", "ledger-GPU-", "ledger-MIG-")
+# Addresses, permissions and offset; device, inode and path. An engine has thousands of lines.
+_LINE = re.compile(
+    rb"^\S+ \S+ \S+ (\S+) (\d+) +(/\S[^\n]*/ledger-(?:host|GPU|MIG)-[^/\n]*)$", re.MULTILINE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +67,9 @@ def mapped_ledgers(proc: Path = Path("/proc")) -> tuple[list[MappedLedger], int]
 
 
 def _ledgers_in(maps: Path) -> Iterator[tuple[tuple[str, str], str]]:
-    for line in maps.read_text(errors="replace").splitlines():
-        parts = line.split(maxsplit=5)
-        if len(parts) == 6 and parts[5].rpartition("/")[2].startswith(_PREFIXES):
-            yield (parts[3], parts[4]), parts[5]
+    for found in _LINE.finditer(maps.read_bytes()):
+        device, inode, path = (part.decode(errors="replace") for part in found.groups())
+        yield (device, inode), path
 
 
 def strangers(processes: Mapping[int, int], ledger: LedgerSnapshot | None) -> dict[int, int]:

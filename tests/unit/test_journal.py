@@ -70,7 +70,7 @@ def test_another_ledger_for_the_same_device_is_warned_of_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As of a container that mounts another folder."""
-    device = "host:journal-twice"
+    device = "GPU-0a1b2c3d-twice"
     remote = Remote(tmp_path / "elsewhere", device)
     remote.run("account = ledger.join('other', 'code')")
     now_s = 0.0
