@@ -129,7 +129,8 @@ for_cpu() {
 check() {
     local venv=$1 engine=$2
     say "$engine: checking with kvcached doctor"
-    if ! ENABLE_KVCACHED=true "$venv/bin/python" -m kvcached.cli.main doctor 2>&1 | tee -a "$LOG"; then
+    if ! ENABLE_KVCACHED=true "$venv/bin/python" -m kvcached.cli.main doctor --engine "${engine,,}" \
+        2>&1 | tee -a "$LOG"; then
         echo "setup.sh: $engine is installed, but kvcached doctor has found something wrong" >&2
         exit 1
     fi
