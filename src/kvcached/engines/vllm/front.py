@@ -16,9 +16,11 @@ from kvcached.ledger import Ledger
 from kvcached.units import ceil_div, format_size
 
 try:
-    from vllm.exceptions import VLLMValidationError as _ValidationError
+    from vllm.exceptions import VLLMValidationError
+
+    _BASES: tuple[type, ...] = (VLLMValidationError, RequestTooLargeError)  # the first one's init
 except ImportError:  # before vLLM 0.16
-    _ValidationError = ValueError
+    _BASES = (RequestTooLargeError,)
 
 # vLLM answers the requests in flight with an error when its engine dies; it gets this long.
 FAREWELL_S = 0.15
@@ -127,7 +129,7 @@ def _ledgers(ranks: int) -> tuple[Ledger, ...]:
     return tuple(device.open_ledgers(config, device.of(config, ranks)))
 
 
-class RequestNeverFitsError(RequestTooLargeError, _ValidationError):  # type: ignore[misc]
+class RequestNeverFitsError(*_BASES):  # type: ignore[misc]
     """vLLM answers its own validation errors with HTTP 400 (where it has none, all of them that are
     a ValueError), and others with 500.
     """
