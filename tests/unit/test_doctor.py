@@ -24,7 +24,7 @@ from kvcached.cli.doctor import engines
 from kvcached.config import child_environment
 from kvcached.ledger import Ledger
 
-DEVICE = "host:test"
+DEVICE = f"host:doctor-{os.getpid()}"  # nobody else has it: doctor looks at all processes
 GPU = "GPU-0a1b2c3d"
 
 
@@ -263,7 +263,7 @@ def test_two_ledgers_on_one_device(
 def test_a_ledger_that_was_deleted_under_its_engines(doctor: Doctor, folder: Path) -> None:
     remote = Remote(folder, DEVICE)
     remote.run("account = ledger.join('id', 'chat')")
-    (folder / "ledger-host-test").unlink()
+    next(folder.glob("ledger-host-doctor-*")).unlink()
     text = named(doctor()[1], "two ledgers", "error")
     assert f"deleted while processes {remote.pid} use it" in text
     remote.kill()
