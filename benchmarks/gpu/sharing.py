@@ -151,7 +151,7 @@ def play(set_up: SetUp, engines: Fleet, gpu: nvml.Gpu) -> dict[str, Any]:
             watch.mark(f"start-{job.name}")
             Path(job.start_files[0]).touch()
         for job in wave:
-            until(lambda job=job: _worked(out, job), watch, engines, job)
+            until(lambda job=job: worked(out, job), watch, engines, job)
             watch.mark(f"end-{job.name}")
     pause(4.0, watch)
     watch.mark("idle")
@@ -179,7 +179,8 @@ def play(set_up: SetUp, engines: Fleet, gpu: nvml.Gpu) -> dict[str, Any]:
     return result
 
 
-def _worked(out: Path, job: Job) -> bool:
+def worked(out: Path, job: Job) -> bool:
+    """Whether an engine has done all of its work."""
     path = out / f"{job.name}.json"
     return path.exists() and len(json.loads(path.read_text())["work"]) == len(job.work)
 

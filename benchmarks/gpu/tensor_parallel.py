@@ -32,7 +32,7 @@ import fleet
 import rank_kills
 from engine import GIB, Job
 from fleet import Fleet
-from sharing import Watch, pause, until
+from sharing import Watch, pause, until, worked
 
 from kvcached import nvml
 from kvcached.group import AccountGroup
@@ -129,7 +129,7 @@ def short(engines: Fleet, options: argparse.Namespace) -> dict[str, Any]:
         for job in jobs:
             Path(job.start_files[0]).touch()
         peaks = [0] * RANKS
-        while not all(_worked(out, job) for job in jobs):
+        while not all(worked(out, job) for job in jobs):
             peaks = [
                 max(peak, ledger.snapshot().charge)
                 for peak, ledger in zip(peaks, ledgers, strict=True)
@@ -159,11 +159,6 @@ def short(engines: Fleet, options: argparse.Namespace) -> dict[str, Any]:
         and all(told[job.name]["gap_p99"] <= 1.5 * plain["gap_p99"] for job in jobs)
         and told["short-control"]["gap_p99"] > 4 * plain["gap_p99"],
     }
-
-
-def _worked(out: Path, job: Job) -> bool:
-    path = out / f"{job.name}.json"
-    return path.exists() and len(json.loads(path.read_text())["work"]) == len(job.work)
 
 
 # --- costs

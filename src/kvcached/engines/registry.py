@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from kvcached.errors import UnsupportedEngineError
+from kvcached.errors import EngineError, UnsupportedEngineError
 
 OFF = "Unset ENABLE_KVCACHED to run the engine without kvcached."
 
@@ -47,6 +49,28 @@ def find(engine: str, version: str) -> str:
         f"kvcached is switched on, but {engine} {version} is not supported; "
         f"supported: {supported(engine)}. {OFF}"
     )
+
+
+def load(engine: str, version: str) -> ModuleType:
+    """The adapter of a version, imported after the core: what either lacks ends the installation.
+
+    Raises UnsupportedEngineError for a version without an adapter, EngineError where the core or
+    the adapter cannot be imported.
+    """
+    name = find(engine, version)
+    on = f"kvcached is switched on for {engine} {version}"
+    versions = f"Supported versions: {supported(engine)}."
+    try:
+        importlib.import_module("kvcached.vmm_ops")
+    except ImportError as error:
+        raise EngineError(
+            f"{on}, but its core library does not load: {error}. {versions} Build it for this "
+            f"Python with `python setup.py build_ext --inplace`. {OFF}"
+        ) from error
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EngineError(f"{on}, but a seam is missing: {error}. {versions} {OFF}") from error
 
 
 def supported(engine: str) -> str:

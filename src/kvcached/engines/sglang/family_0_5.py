@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from kvcached.engines.sglang import parts
@@ -18,10 +19,15 @@ def arguments(server_args: Any) -> Mapping[str, Any]:
 
 
 class Cache(parts.TreeCache):
-    """The part of ``slots.PrefixCache`` that all versions share."""
+    """``slots.PrefixCache``, as far as versions share it."""
 
     def evict(self, tokens: int) -> None:
         self.tree.evict(EvictParams(num_tokens=tokens))
+
+    def held_slots(self) -> Iterator[torch.Tensor]:
+        for req, table in self.rows():
+            if req.req_pool_idx is not None:
+                yield table[req.req_pool_idx, : req.kv_allocated_len]
 
 
 def decode_blocks(batch: Any, *args: Any, **kwargs: Any) -> int:

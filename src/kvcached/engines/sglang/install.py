@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Sequence
-from types import ModuleType
 
 from kvcached.config import Config
 from kvcached.engines import base, registry
 from kvcached.engines.base import Seam
 from kvcached.engines.sglang import adapter, ending, finder
-from kvcached.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
@@ -26,41 +24,24 @@ def install(config: Config, modules: Sequence[str]) -> None:
     Raises UnsupportedEngineError for a version without an adapter, EngineError for a missing seam
     and for a core that does not load: the engine must not start as if all were well.
     """
-    name = adapter.name()
+    version = adapter.running_version()
+    registry.find("sglang", version)  # of no module where the version has no adapter
     logging.getLogger("kvcached").setLevel(config.log_level)
     for module in modules:
         if module not in _installations:
-            _installations[module] = base.install(_seams(name, module, config))
+            _installations[module] = base.install(_seams(version, module, config))
             if module == finder.SCHEDULER:
                 for notice in config.notices:
                     logger.warning("kvcached: %s", notice)
-                logger.info("kvcached: took hold of SGLang %s", adapter.running_version())
+                logger.info("kvcached: took hold of SGLang %s", version)
 
 
-def _seams(name: str, module: str, config: Config) -> Sequence[Seam]:
+def _seams(version: str, module: str, config: Config) -> Sequence[Seam]:
     if module == finder.SCHEDULER:
-        seams: Sequence[Seam] = _load(name).seams(config)
+        seams: Sequence[Seam] = registry.load("sglang", version).seams(config)
         return seams
     owner = importlib.import_module(module)
     return ending.server_seams(owner) if module == finder.SERVER else ending.child_seams(owner)
-
-
-def _load(name: str) -> ModuleType:
-    on = f"kvcached is switched on for sglang {adapter.running_version()}"
-    versions = f"Supported versions: {registry.supported('sglang')}."
-    try:
-        importlib.import_module("kvcached.vmm_ops")
-    except ImportError as error:
-        raise EngineError(
-            f"{on}, but its core library does not load: {error}. {versions} Build it for this "
-            f"Python with `python setup.py build_ext --inplace`. {registry.OFF}"
-        ) from error
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise EngineError(
-            f"{on}, but a seam is missing: {error}. {versions} {registry.OFF}"
-        ) from error
 
 
 def uninstall() -> None:

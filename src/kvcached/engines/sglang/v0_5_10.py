@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from sglang.srt.managers.scheduler_runtime_checker_mixin import SchedulerRuntimeCheckerMixin
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.model_executor import model_runner_kv_cache_mixin
@@ -14,22 +13,13 @@ from sglang.srt.model_executor import model_runner_kv_cache_mixin
 from kvcached.config import Config
 from kvcached.engines.base import Seam, substituted
 from kvcached.engines.sglang import build, family_0_5, kv_pools, parts, steps
-from kvcached.engines.sglang.family_0_5 import arguments
+from kvcached.engines.sglang.family_0_5 import Cache, arguments
 from kvcached.engines.sglang.parts import TOGETHER
 from kvcached.errors import EngineError
 
 __all__ = ["PLATFORMS", "TOGETHER", "Cache", "arguments", "seams"]
 
 PLATFORMS = ("cpu",)
-
-
-class Cache(family_0_5.Cache):
-    """See ``slots.PrefixCache``."""
-
-    def held_slots(self) -> Iterator[torch.Tensor]:
-        for req, table in self.rows():
-            if req.req_pool_idx is not None:
-                yield table[req.req_pool_idx, : req.kv_allocated_len]
 
 
 def _chunk_left(scheduler: Any) -> int:

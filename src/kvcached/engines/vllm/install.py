@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import importlib
 import logging
-from types import ModuleType
 
 import vllm
 
 from kvcached.config import Config
 from kvcached.engines import base, registry
-from kvcached.engines.vllm import adapter
-from kvcached.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
@@ -26,30 +23,12 @@ def install(config: Config) -> base.Installation:
     """
     global _installation
     if _installation is None:
-        module = _load(adapter.name())
+        module = registry.load("vllm", vllm.__version__)
         importlib.import_module("kvcached.engines.vllm.selftest").check_front(module.expects)
         _log_as_vllm_does(config)
         _installation = base.install(module.seams())
         logger.info("kvcached: took hold of vLLM %s", vllm.__version__)
     return _installation
-
-
-def _load(name: str) -> ModuleType:
-    on = f"kvcached is switched on for vllm {vllm.__version__}"
-    versions = f"Supported versions: {registry.supported('vllm')}."
-    try:
-        importlib.import_module("kvcached.vmm_ops")
-    except ImportError as error:
-        raise EngineError(
-            f"{on}, but its core library does not load: {error}. {versions} Build it for this "
-            f"Python with `python setup.py build_ext --inplace`. {registry.OFF}"
-        ) from error
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise EngineError(
-            f"{on}, but a seam is missing: {error}. {versions} {registry.OFF}"
-        ) from error
 
 
 def _log_as_vllm_does(config: Config) -> None:

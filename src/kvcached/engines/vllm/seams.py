@@ -70,6 +70,13 @@ def common(processor: type) -> Sequence[Seam]:
     )
 
 
+def usual() -> Sequence[Seam]:
+    """The seams of versions since 0.13."""
+    from vllm.v1.engine.input_processor import InputProcessor  # older versions have no such module
+
+    return (*common(InputProcessor), Seam(MPClient, "shutdown", _shutdown_client))
+
+
 def _shutdown_client(original: Any) -> Any:
     @functools.wraps(original)
     def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -77,11 +84,6 @@ def _shutdown_client(original: Any) -> Any:
         hooks.left_alone(self)
 
     return shutdown
-
-
-def client() -> Seam:
-    """For versions whose client watches the engine's process."""
-    return Seam(MPClient, "shutdown", _shutdown_client)
 
 
 def shutdown() -> Seam:
