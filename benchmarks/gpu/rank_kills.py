@@ -1,8 +1,8 @@
 """Random kills of ranks: does the whole instance end, and does all of its memory come back?
 
-Engines with two ranks and an own process for the engine's core, eight at a time on the same GPUs.
-One rank of each gets SIGKILL at a random moment: while the model loads, while requests run. The
-others go on meanwhile; each has its turn.
+Engines with two ranks and an own process for the engine's core, sixteen at a time on the same GPUs.
+One rank of each gets SIGKILL at a random moment: of every four engines one while the model loads
+or soon after, three once requests run. The others go on meanwhile; each has its turn.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from kvcached.demo.processes import session_processes
 from kvcached.errors import LedgerError
 from kvcached.ledger import Ledger
 
-AT_A_TIME = 8
+AT_A_TIME = 16
 HANG_S = 30.0
+LOADING_S, WORKING_S = 12.0, 5.0  # a kill comes at random within so long of the ranks, of requests
 RANKS = 2
 
 
@@ -37,6 +38,7 @@ class Victim:
     """One engine on its way. Times are of the monotonic clock."""
 
     job: Job
+    at_work: bool  # it is to be killed while requests run
     kill_at: float | None = None
     killed_at: float | None = None
     rank: int = -1
@@ -76,7 +78,8 @@ def run(engines: Fleet, model: str, kills: int, seconds: float) -> dict[str, Any
             time.sleep(0.005)
             more = started < kills and time.monotonic() < until
             if more and len(going) < AT_A_TIME:
-                going.append(Victim(job_of(started, model, engines.folder)))
+                job = job_of(started, model, engines.folder)
+                going.append(Victim(job, at_work=started % 4 != 0))
                 engines.start(going[-1].job)
                 started += 1
             if len(ledgers) < RANKS:
@@ -122,8 +125,11 @@ def _advance(
         ranks = [account.members[0].pid for account in found if account and account.members]
         if len(ranks) < RANKS:
             return
+        working = all(account is not None and account.in_use > 0 for account in found)
         if victim.kill_at is None:
-            victim.kill_at = now + draw.uniform(0.0, 12.0)
+            if victim.at_work and not working:
+                return
+            victim.kill_at = now + draw.uniform(0.0, WORKING_S if victim.at_work else LOADING_S)
         if now < victim.kill_at or not engines.alive(victim.job):
             return
         front = engines.pid(victim.job)
@@ -131,7 +137,7 @@ def _advance(
             with contextlib.suppress(ProcessLookupError):
                 victim.watched[os.pidfd_open(pid)] = pid
         victim.rank = draw.randrange(RANKS)
-        victim.working = all(a is not None and a.in_use > 0 for a in found)
+        victim.working = working
         victim.killed_at = time.monotonic()
         os.kill(ranks[victim.rank], signal.SIGKILL)
         return

@@ -29,6 +29,16 @@ CASES = [
         id="multi-process-preempting-chunked",
     ),
     pytest.param(True, 10 * MIB, False, {"enable_prefix_caching": True}, id="multi-process-cached"),
+    pytest.param(  # what runs on a GPU by default; a CPU's runner answers it as well
+        False,
+        64 * MIB,
+        False,
+        {
+            "enable_prefix_caching": True,
+            "scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler",
+        },
+        id="in-process-async-scheduler",
+    ),
 ]
 
 

@@ -114,7 +114,10 @@ def changed_copy(folder: Path, file: str, pattern: str, new: str) -> Path:
 def classes_of(part: str) -> list[str]:
     names = {
         "front": [],
-        "scheduler": ["scheduler=vllm.v1.core.sched.scheduler.Scheduler"],
+        "scheduler": [
+            "scheduler=vllm.v1.core.sched.scheduler.Scheduler",
+            "scheduler=vllm.v1.core.sched.async_scheduler.AsyncScheduler",
+        ],
         "worker": [f"worker={WORKER}"],
     }
     return names[part]

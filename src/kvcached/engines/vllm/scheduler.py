@@ -47,7 +47,8 @@ class ElasticScheduler:
     followed = False  # by the thread that waits for pressure from others
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        speaking = selftest.speaking(type(self), "__init__", after=ElasticScheduler)
+        given = inspect.signature(speaking).bind(self, *args, **kwargs).arguments
         vllm_config = given.get("vllm_config", given.get("scheduler_config"))
         cache_config = given["kv_cache_config"]
         this_version = adapter.current()
