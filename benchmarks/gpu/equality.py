@@ -21,6 +21,8 @@ import fleet
 from engine import GIB, Job
 from fleet import Fleet
 
+from kvcached.layout import CUDA_LIMITS
+
 BUSY = ("churn", "stop", "abort")
 
 
@@ -168,7 +170,7 @@ def judge(case: Case, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         problems.append("no page was ever given back")
     tried = case.elastic.layout == "block" or case.elastic.backend != "FLASHINFER"
     apart = case.elastic.layout == "layer" or case.elastic.kv_order == "HND" or not tried
-    if (elastic["facts"]["regions"] > 1) != apart:
+    if (elastic["facts"]["regions"] > CUDA_LIMITS.max_runs) != apart:  # groups of layers are few
         problems.append(f"its KV cache lies in {elastic['facts']['regions']} regions")
     if bool(elastic["facts"]["zero_bytes"]) != case.elastic.zero_holes:
         problems.append("its holes are not what they should be")

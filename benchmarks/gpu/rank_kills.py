@@ -1,6 +1,6 @@
 """Random kills of ranks: does the whole instance end, and does all of its memory come back?
 
-Engines with two ranks and an own process for the engine's core, sixteen at a time on the same GPUs.
+Engines with two ranks and an own process for the engine's core, ten at a time on the same GPUs.
 One rank of each gets SIGKILL at a random moment: of every four engines one while the model loads
 or soon after, three once requests run. The others go on meanwhile; each has its turn.
 """
@@ -27,7 +27,7 @@ from kvcached.demo.processes import session_processes
 from kvcached.errors import LedgerError
 from kvcached.ledger import Ledger
 
-AT_A_TIME = 16
+AT_A_TIME = 10
 HANG_S = 30.0
 LOADING_S, WORKING_S = 12.0, 5.0  # a kill comes at random within so long of the ranks, of requests
 RANKS = 2
@@ -89,6 +89,7 @@ def run(engines: Fleet, model: str, kills: int, seconds: float) -> dict[str, Any
             for ledger in ledgers:
                 ledger.reap()
             for victim in list(going):
+                victim.at_work &= time.monotonic() < until  # no time left to wait for its requests
                 _advance(victim, ledgers, engines, draw)
                 if victim.killed_at and time.monotonic() - victim.killed_at > HANG_S:
                     hung.append(victim.job.name)

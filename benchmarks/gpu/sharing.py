@@ -179,10 +179,10 @@ def play(set_up: SetUp, engines: Fleet, gpu: nvml.Gpu) -> dict[str, Any]:
     return result
 
 
-def worked(out: Path, job: Job) -> bool:
-    """Whether an engine has done all of its work."""
+def worked(out: Path, job: Job, parts: int | None = None) -> bool:
+    """Whether an engine has done all of its work, or so many parts of it."""
     path = out / f"{job.name}.json"
-    return path.exists() and len(json.loads(path.read_text())["work"]) == len(job.work)
+    return path.exists() and len(json.loads(path.read_text())["work"]) >= (parts or len(job.work))
 
 
 def until(condition: Any, watch: Watch, engines: Fleet, job: Job, limit_s: float = 150.0) -> None:

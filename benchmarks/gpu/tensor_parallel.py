@@ -39,7 +39,7 @@ from kvcached.group import AccountGroup
 from kvcached.ledger import Account, Ledger
 
 PAGE_BYTES = 32 << 20
-LEFT_BYTES = GIB // 4  # what the other program leaves of the second GPU for KV caches
+LEFT_BYTES = 3 * GIB // 8  # what the other program leaves of the second GPU for KV caches
 RANKS = 2
 Part = Callable[[Fleet, argparse.Namespace], dict[str, Any]]
 
@@ -62,25 +62,27 @@ def equal(engines: Fleet, options: argparse.Namespace) -> dict[str, Any]:
 # --- short of memory
 
 
-def _fill(gpu: int, size_bytes: int, filled: Any, end: Any) -> None:
+def _fill(gpu: int, leave_bytes: int, filled: Any, end: Any) -> None:
     import torch
 
-    memory = torch.empty(size_bytes, dtype=torch.int8, device=f"cuda:{gpu}")
+    torch.empty(1, device=f"cuda:{gpu}")  # a context takes half a gigabyte of its own
+    used, total = nvml.Gpu(fleet.gpu_uuid(gpu)).memory()
+    memory = torch.empty(total - used - leave_bytes, dtype=torch.int8, device=f"cuda:{gpu}")
     filled.set()
     end.wait()
     del memory
 
 
 @contextmanager
-def another_program(gpu: int, size_bytes: int) -> Iterator[None]:
-    """Holds memory of a GPU, known to nobody's ledger, while the block runs."""
+def another_program(gpu: int, leave_bytes: int) -> Iterator[None]:
+    """Holds all memory of a GPU but so much, known to nobody's ledger, while the block runs."""
     fork = multiprocessing.get_context("fork")
     filled, end = fork.Event(), fork.Event()
-    process = fork.Process(target=_fill, args=(gpu, size_bytes, filled, end))
+    process = fork.Process(target=_fill, args=(gpu, leave_bytes, filled, end))
     process.start()
     try:
         if not filled.wait(60):
-            raise SystemExit(f"the other program did not get {size_bytes} bytes")
+            raise SystemExit(f"the other program did not get all but {leave_bytes} bytes")
         yield
     finally:
         end.set()
@@ -92,7 +94,7 @@ def short(engines: Fleet, options: argparse.Namespace) -> dict[str, Any]:
     # says of an 8B model's tokens means nothing.
     out = options.out
     model = fleet.make_model(out / "models", "1b")
-    plain_job = base(model, out, "short-plain", "churn")
+    plain_job = base(model, out, "short-plain", "stop", "churn")
     control = replace(plain_job, name="short-control", loses="all")
     engines.run_all([plain_job, control], 2)
     uuids = [fleet.gpu_uuid(rank) for rank in range(RANKS)]
@@ -100,7 +102,7 @@ def short(engines: Fleet, options: argparse.Namespace) -> dict[str, Any]:
     jobs = []
     for which in "ab":
         name = f"short-{which}"
-        files = {word: str(out / f"{word}-{name}") for word in ("ready", "start", "end")}
+        files = {word: str(out / f"{word}-{name}") for word in ("warm", "start", "end")}
         for path in files.values():
             Path(path).unlink(missing_ok=True)
         jobs.append(
@@ -108,26 +110,27 @@ def short(engines: Fleet, options: argparse.Namespace) -> dict[str, Any]:
                 model,
                 out,
                 name,
+                "stop",  # so that all that vLLM allocates with its first requests is there
+                "forget",
                 "churn",
                 elastic=True,
                 prefix_caching=True,
-                ready_file=files["ready"],
-                start_files=(files["start"],),
+                start_files=(files["warm"], files["warm"], files["start"]),
                 hold_file=files["end"],
             )
         )
     watch = Watch(gpus[1])
     for job in jobs:
         engines.start(job)
-        until(lambda job=job: Path(job.ready_file).exists(), watch, engines, job)
+        Path(job.start_files[0]).touch()
+        until(lambda job=job: worked(out, job, 2), watch, engines, job)
     pause(2.0, watch)
     ledgers = [Ledger.open(out / "ledger", uuid, create=False, read_only=True) for uuid in uuids]
-    used, total = gpus[1].memory()
-    with another_program(1, total - used - ledgers[1].headroom - LEFT_BYTES):
+    with another_program(1, ledgers[1].headroom + LEFT_BYTES):
         pause(2.5, watch)  # engines measure what others use every second
         start = time.monotonic()
         for job in jobs:
-            Path(job.start_files[0]).touch()
+            Path(job.start_files[2]).touch()
         peaks = [0] * RANKS
         while not all(worked(out, job) for job in jobs):
             peaks = [

@@ -146,7 +146,7 @@ def check_fits(ledgers: Sequence[Ledger], instance: str, tokens: int) -> None:
     account = min(accounts, key=lambda each: each.ceiling)
     blocks = ceil_div(tokens + 1, account.block_tokens)  # at least one token is generated
     in_page = account.page_bytes // account.block_bytes
-    most = account.ceiling // account.page_bytes * in_page - 1
+    most = max(0, account.ceiling // account.page_bytes * in_page - 1)  # block 0 is vLLM's own
     if blocks <= most:
         return
     raise RequestNeverFitsError(
