@@ -58,6 +58,10 @@ class Job:
     ready_file: str = ""
     start_files: tuple[str, ...] = ()  # the work waits for these to appear, one before each
     hold_file: str = ""  # the engine stays, idle, until this appears
+    plan: str = ""  # a file with load points of several models: the work "point-N" is one of them
+    model_index: int = 0  # which of the models in the plan this engine is
+    headroom: str = ""  # KVCACHED_HEADROOM
+    device: str = "gpu"  # or a host device, as ``host:NAME``: then everything runs on the CPU
 
     def environment(self) -> dict[str, str]:
         changes = {
@@ -65,6 +69,8 @@ class Job:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if self.own_core else "0",
             "VLLM_BATCH_INVARIANT": "1" if self.batch_invariant else "0",
         }
+        if self.on_host:
+            changes["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if self.kv_order:
             changes["VLLM_KV_CACHE_LAYOUT"] = self.kv_order
         if self.own_core or self.ranks > 1:
@@ -83,7 +89,15 @@ class Job:
                 changes["KVCACHED_PAGE_SIZE_MB"] = str(self.page_mib)
             if self.capacity_bytes is not None:
                 changes["KVCACHED_CAPACITY"] = str(self.capacity_bytes)
+            if self.headroom:
+                changes["KVCACHED_HEADROOM"] = self.headroom
+            if self.on_host:
+                changes["KVCACHED_DEVICE"] = self.device
         return changes
+
+    @property
+    def on_host(self) -> bool:
+        return self.device.startswith("host:")
 
 
 def build(job: Job) -> Any:
@@ -94,14 +108,12 @@ def build(job: Job) -> Any:
         "model": job.model,
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "dtype": "bfloat16",
+        "dtype": "float32" if job.on_host else "bfloat16",
         "seed": 0,
         "max_model_len": 4096,
         "max_num_seqs": job.max_seqs,
         "gpu_memory_utilization": job.utilization,
         "enable_prefix_caching": job.prefix_caching,
-        "compilation_config": dict(job.compilation),
-        "attention_config": {"backend": job.backend},
         "disable_log_stats": False,
         "kv_cache_dtype": job.kv_dtype,
         "tensor_parallel_size": job.ranks,
@@ -109,6 +121,11 @@ def build(job: Job) -> Any:
         # virtual machine allows.
         "disable_custom_all_reduce": job.ranks > 1,
     }
+    if job.on_host:
+        arguments["enforce_eager"] = True
+    else:
+        arguments["compilation_config"] = dict(job.compilation)
+        arguments["attention_config"] = {"backend": job.backend}
     if job.speculative:
         arguments["speculative_config"] = dict(job.speculative)
     if not job.elastic and job.kv_bytes is not None:
@@ -246,7 +263,7 @@ def _of_one_ledger(job: Job, directory: Path, device: str) -> dict[str, Any]:
 
 def run(job: Job, folder: Path) -> None:
     """Builds the engine and does the work; results in ``folder/NAME.json`` at each step."""
-    from workloads import WORK, verdict
+    from workloads import WORK, play_point, verdict
 
     result: dict[str, Any] = {"name": job.name, "ok": False, "work": {}}
 
@@ -258,7 +275,8 @@ def run(job: Job, folder: Path) -> None:
     start = time.monotonic()
     llm = build(job)
     result |= {"start_s": round(time.monotonic() - start, 2), "facts": facts(llm)}
-    here = not job.own_core and job.ranks == 1  # the engine's CUDA context is this process's
+    # Whether the engine's CUDA context is this process's.
+    here = not job.own_core and job.ranks == 1 and not job.on_host
     result["used_idle_bytes"] = gpu_used_bytes() if here else 0
     save()
     if job.ready_file:
@@ -270,6 +288,9 @@ def run(job: Job, folder: Path) -> None:
             result["work"][name] = {
                 each: verdict(llm, folder / f"{each}.json") for each in job.judges
             }
+        elif name.startswith("point-"):
+            files = Path(job.plan), job.model_index, Path(job.start_files[index])
+            result["work"][name] = play_point(llm, *files)
         else:
             result["work"][name] = WORK[name](llm, lose(job.loses) if job.loses else None)
         save()

@@ -38,6 +38,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "tie_word_embeddings": True,
     },
+    "tiny": {  # for the CPU
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+    },
 }
 STARTED = time.monotonic()
 
@@ -76,24 +84,31 @@ def make_model(folder: Path, shape: str, sliding_window: int | None = None) -> s
     return str(target)
 
 
-def preload() -> None:
+def preload(on_host: bool = False) -> None:
     """Imports what every engine will need."""
     import importlib
 
-    for name in (
-        "vllm",
+    if (
+        on_host
+    ):  # read at the import: engines whose threads spin slow each other down beyond measure
+        os.environ["OMP_NUM_THREADS"] = "1"
+    on_gpu = (
         "vllm._custom_ops",
-        "vllm.v1.engine.core",
-        "vllm.v1.engine.llm_engine",
-        "vllm.v1.executor.uniproc_executor",
         "vllm.v1.worker.gpu_worker",
         "vllm.v1.worker.gpu_model_runner",
         "vllm.v1.worker.gpu.model_runner",
         "vllm.v1.worker.gpu.warmup",
         "vllm.v1.attention.backends.flash_attn",
         "vllm.v1.attention.backends.triton_attn",
-        "vllm.model_executor.models.llama",
         "vllm.model_executor.models.mistral",
+    )
+    for name in (
+        "vllm",
+        "vllm.v1.engine.core",
+        "vllm.v1.engine.llm_engine",
+        "vllm.v1.executor.uniproc_executor",
+        "vllm.model_executor.models.llama",
+        *(() if on_host else on_gpu),
     ):
         importlib.import_module(name)
     import torch

@@ -26,27 +26,40 @@ class Ask:
 
 
 def play(
-    llm: Any, asks: Sequence[Ask], *, damage: Damage | None = None, abort_every: int = 0
+    llm: Any,
+    asks: Sequence[Ask],
+    *,
+    damage: Damage | None = None,
+    abort_every: int = 0,
+    start_s: float | None = None,
+    give_up_s: float = float("inf"),
 ) -> dict[str, Any]:
     """Sends each request when it is due (``asks`` in order of arrival) and steps the engine until
     the last has answered; returns the answers' tokens in order (None for those that were aborted),
-    and times. ``step_ends`` are on the system's monotonic clock.
+    and times. ``step_ends`` are on the system's monotonic clock; ``start_s`` is on it too, now
+    where it is None. ``each`` has, for every answer: seconds from when its request was due until
+    it was sent (a step was under way), from then to its first token, and between tokens.
 
     ``damage`` is done to the worker at one step on the way. ``abort_every`` steps, a request is
-    aborted.
+    aborted. ``give_up_s`` seconds after the start, all that have not answered are.
     """
     engine = llm.llm_engine
     tokens: dict[str, list[int] | None] = {str(index): None for index in range(len(asks))}
     times: dict[str, tuple[float, float]] = {}
+    late_s: list[float] = []
     victims = list(tokens)
     random.Random(3).shuffle(victims)
     step_ends: list[float] = []
     sent = 0
-    start = time.monotonic()
+    start = time.monotonic() if start_s is None else start_s
     while sent < len(asks) or engine.has_unfinished_requests():
         while sent < len(asks) and asks[sent].at_s <= time.monotonic() - start:
+            late_s.append(time.monotonic() - start - asks[sent].at_s)
             _send(engine, str(sent), asks[sent])
             sent += 1
+        if time.monotonic() - start > give_up_s:
+            engine.abort_request([name for name in tokens if int(name) < sent and not tokens[name]])
+            break
         if not engine.has_unfinished_requests():
             time.sleep(max(0.0, asks[sent].at_s - (time.monotonic() - start)))
             continue
@@ -67,6 +80,7 @@ def play(
         "steps": len(step_ends),
         "step_ends": step_ends,
         "output_tokens": sum(len(answer) for answer in given if answer is not None),
+        "each": [[late_s[int(name)], *times[name]] if name in times else None for name in tokens],
         **_percentiles(list(times.values())),
     }
 
@@ -204,6 +218,57 @@ def decode(llm: Any, damage: Damage | None) -> dict[str, Any]:
 def burst(llm: Any, damage: Damage | None) -> dict[str, Any]:
     """Prompts for 20 GiB of an 8B model's KV cache, all at once."""
     return _no_tokens(llm, f"burst-{time.monotonic()}", 128, 1280, 32)
+
+
+def play_point(llm: Any, path: Path, model: int, start_file: Path) -> dict[str, Any]:
+    """One load point of several models (``arrivals.plan``, in ``path``), or its skipping. The start
+    file says which point, and when it begins on the system's monotonic clock: everybody's prompts
+    are made by then.
+    """
+    told = json.loads(start_file.read_text())
+    if told["skip"]:
+        return {"skipped": True}
+    plan = json.loads(path.read_text())
+    point = plan["points"][told["point"]]
+    draw = random.Random(f"{plan['seed']}/{told['point']}/{model}")
+    ids = range(LOW_TOKEN, plan["vocabulary"])
+    asks = [
+        Ask(draw.choices(ids, k=int(prompt)), int(answer), at_s=at_s)
+        for at_s, prompt, answer in point["models"][model]
+    ]
+    forgotten = _forget_all(llm)
+    before = _counters(llm)
+    time.sleep(max(0.0, told["start_s"] - time.monotonic()))
+    limit = point["span_s"] + plan["give_up_s"]
+    result = play(llm, asks, start_s=told["start_s"], give_up_s=limit)
+    after = _counters(llm)
+    given = result["tokens"]
+    return {
+        "skipped": False,
+        "forgotten": forgotten,
+        "seconds": result["seconds"],
+        "each": [
+            None if row is None else [*(round(value, 5) for value in row), len(answer or ())]
+            for row, answer in zip(result["each"], given, strict=True)
+        ],
+        "steps": result["steps"],
+        **{name: after[name] - before[name] for name in after},
+    }
+
+
+def _forget_all(llm: Any) -> bool:
+    """Drops the prefix cache; False where the engine would not within five seconds."""
+    for _ in range(100):
+        if llm.reset_prefix_cache() is not False:
+            return True
+        time.sleep(0.05)  # the last step's blocks are held a moment longer
+    return False
+
+
+def _counters(llm: Any) -> dict[str, float]:
+    names = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits")
+    metrics = llm.get_metrics()
+    return {name: sum(m.value for m in metrics if m.name == f"vllm:{name}") for name in names}
 
 
 def _no_tokens(llm: Any, seed: str, count: int, prompt: int, answer: int) -> dict[str, Any]:
