@@ -126,8 +126,25 @@ def heading(options: argparse.Namespace, device: str, plan: dict[str, Any]) -> d
     }
 
 
+def merge(out: Path, parts: list[Path]) -> int:
+    """One report of sides that played at the same time, each on a GPU of its own."""
+    told, *others = [json.loads(path.read_text()) for path in parts]
+    for other in others:
+        if other["plan"] != told["plan"]:
+            raise SystemExit(f"{parts}: not the same requests")
+        told["sides"] |= other["sides"]
+        told["command"] += f"; {other['command']}"
+    told["comparison"] = report.comparison(told["sides"])
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "multi_llm.json").write_text(json.dumps(told))
+    print(report.table(told))
+    return int(any("problem" in side for side in told["sides"].values()))
+
+
 def main() -> int:
     options = parse()
+    if options.merge:
+        return merge(options.out, options.merge)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / "ledger", ignore_errors=True)  # its high-water mark is of this run
@@ -140,7 +157,9 @@ def main() -> int:
     gpu = None if on_host else nvml.Gpu(device)
     slo = Slo(options.slo_ttft, options.slo_tpot)
     engines = Fleet(out, options.limit)
-    stage = Stage(engines, plan, options.limit, options.in_turn, device, slo)
+    order = report.SIDES if options.first == "static" else report.SIDES[::-1]
+    order = tuple(name for name in order if name in options.sides)
+    stage = Stage(engines, plan, options.limit, options.in_turn, device, slo, len(order))
     sides: list[Side] = []
     told = heading(options, device, plan)
 
@@ -149,7 +168,7 @@ def main() -> int:
         told["comparison"] = report.comparison(told["sides"])
         (out / "multi_llm.json").write_text(json.dumps(told))
 
-    for name in report.SIDES if options.first == "static" else report.SIDES[::-1]:
+    for name in order:
         sides.append(Side(name, tuple(make_jobs(name, models, options, out)), Memory(gpu)))
         stage.play(sides[-1], sides[0] if len(sides) > 1 else None, save)
     print(report.table(told))
@@ -189,6 +208,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--step-tokens", type=int, default=8192, help="of a step, at most")
     parser.add_argument("--first", choices=report.SIDES, default="static")
+    parser.add_argument(
+        "--sides",
+        type=lambda text: text.split(","),
+        default=list(report.SIDES),
+        help="to play only one, where the other plays on another GPU of the machine",
+    )
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", help="only tell what these results say together"
+    )
     parser.add_argument("--in-turn", action="store_true", help="engines start one after the other")
     parser.add_argument("--runner", choices=("V1", "V2"), default="V2")
     parser.add_argument("--device", default="gpu", help="or host:NAME, for the CPU: --shapes tiny")

@@ -76,6 +76,7 @@ class Stage:
     in_turn: bool
     device: str
     slo: Slo
+    sides: int = 2  # that are to play here
 
     def left_s(self) -> float:
         return self.limit_s - (time.monotonic() - fleet.STARTED)
@@ -125,6 +126,8 @@ class Stage:
         if before is not None:
             return self._no_time(before.took_s[point], END_S)
         expected = LEAD_S + self.plan["points"][point]["span_s"] + DRAIN_S
+        if self.sides == 1:
+            return self._no_time(expected, END_S)
         again = side.start_s + sum(side.took_s.values()) + expected
         return self._no_time(expected, END_S + again + END_S)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +43,22 @@ def test_ends_at_once_where_the_other_is_gone_already() -> None:
     leader.wait()
     process = follower(leader.pid)
     assert process.wait(timeout=30) == -signal.SIGKILL
+
+
+def test_its_thread_goes_first_where_the_system_lets_it() -> None:
+    """On busy cores whoever waits its turn hears of a death late."""
+    may = subprocess.run(["nice", "-n", "-5", "true"], capture_output=True, text=True)
+    leader = subprocess.Popen(["sleep", "60"])
+    process = follower(leader.pid)
+    try:
+        stats = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/stat")]
+    finally:
+        leader.kill()
+        leader.wait()
+        process.wait(timeout=30)
+    (stat,) = (each for each in stats if "(kvcached-life)" in each)
+    nice = int(stat.rpartition(")")[2].split()[16])
+    assert nice == (os.getpriority(os.PRIO_PROCESS, 0) if may.stderr else -20)
 
 
 THREAD = """

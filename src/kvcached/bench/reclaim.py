@@ -106,12 +106,14 @@ def run(
             for other in engines[1:]:
                 bench.alone(other)  # what is made at the first use must not count
             idle, busy = Figures(), Figures()
-            for number in range(rounds):
-                bench.round_idle(engines[1 + number % (instances - 1)], idle)
-            say(f"neighbour at rest: {idle.summary()}")
-            for number in range(rounds):
-                bench.round_busy(engines[1 + number % (instances - 1)], busy)
-            say(f"neighbour at work: {busy.summary()}")
+            for what, play_round, figures in (
+                ("at rest", bench.round_idle, idle),
+                ("at work", bench.round_busy, busy),
+            ):
+                for number in range(rounds):
+                    play_round(engines[1 + number % (instances - 1)], figures)
+                    say(_progress(what, figures, rounds))
+                say(f"neighbour {what}: {figures.summary()}")
             high_water = ledger.snapshot().high_water
     return {
         "instances": instances,
@@ -123,6 +125,14 @@ def run(
         "idle": idle.summary(),
         "busy": busy.summary(),
     }
+
+
+def _progress(what: str, figures: Figures, rounds: int) -> str:
+    return (
+        f"neighbour {what}, round {len(figures.waits_ms)} of {rounds}: lease after "
+        f"{figures.waits_ms[-1]:.1f} ms, first token after {figures.ttft_ms[-1]:.0f} ms "
+        f"(alone {figures.alone_ms[-1]:.0f} ms)"
+    )
 
 
 def _specs(out: Path, model: Model, instances: int, budget: int) -> list[EngineSpec]:
