@@ -4,11 +4,11 @@ Everything here runs on the router's event loop; nothing is thread-safe.
 """
 
 from contextlib import AbstractContextManager
-from enum import StrEnum
+from enum import Enum
 from typing import Protocol
 
 
-class State(StrEnum):
+class State(str, Enum):  # StrEnum came with Python 3.11
     """Where a model's engine is, as pages, metrics and the router's admission name it."""
 
     STOPPED = "stopped"
@@ -19,6 +19,9 @@ class State(StrEnum):
     WAKING = "waking"
     FAILED = "failed"  # waits before its next start, or has given up
     STOPPING = "stopping"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 class UpstreamDown(Exception):
