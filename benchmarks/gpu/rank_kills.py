@@ -23,9 +23,9 @@ import fleet
 from engine import Job
 from fleet import Fleet
 
-from kvcached.demo.processes import session_processes
 from kvcached.errors import LedgerError
 from kvcached.ledger import Ledger
+from kvcached.processes import session_processes
 
 AT_A_TIME = 10
 HANG_S = 30.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from harness import PROMPTS, Load, Pair, p99, wait_until
 
-from kvcached.demo.processes import session_processes
+from kvcached.processes import session_processes
 
 KINDS = ("api", "core", "worker")
 # How long an instance may outlive any one of its processes.

@@ -21,10 +21,10 @@ import httpx
 import kvcached
 from kvcached.config import child_environment
 from kvcached.demo.models import Model
-from kvcached.demo.processes import session_processes
 from kvcached.demo.sampler import SessionWatch
 from kvcached.demo.servers import ENGINE_ENVIRONMENT, EngineProcess, EngineSpec
 from kvcached.ledger import Ledger
+from kvcached.processes import session_processes
 from kvcached.snapshot import AccountSnapshot
 
 MIB = 1 << 20

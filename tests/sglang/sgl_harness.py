@@ -16,8 +16,8 @@ from typing import Any
 
 import kvcached
 from kvcached.config import child_environment
-from kvcached.demo.processes import session_processes
 from kvcached.demo.sampler import SessionWatch
+from kvcached.processes import session_processes
 
 MIB = 1 << 20
 HERE = Path(__file__).parent

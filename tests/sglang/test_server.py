@@ -24,8 +24,8 @@ from sgl_harness import (
 )
 
 from kvcached.config import child_environment
-from kvcached.demo.processes import session_processes
 from kvcached.ledger import Ledger
+from kvcached.processes import session_processes
 
 pytestmark = pytest.mark.engine
 CAPACITY = 4 * MIB

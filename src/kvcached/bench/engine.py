@@ -18,11 +18,11 @@ from kvcached.demo import setups
 from kvcached.demo.figures import tokens_per_s
 from kvcached.demo.load import Result, Target, play
 from kvcached.demo.models import make_models
-from kvcached.demo.processes import session_cpu_s
 from kvcached.demo.servers import EngineProcess, running
 from kvcached.demo.setups import Options
 from kvcached.demo.trace import Request, at_once, make_load
 from kvcached.errors import KvcachedError
+from kvcached.processes import session_cpu_s
 
 KINDS = ("elastic", "plain")
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from kvcached.demo.processes import is_in_session, session_processes
 from kvcached.errors import KvcachedError
+from kvcached.processes import is_in_session, session_processes
 
 INTERVAL_S = 0.003
 SLICE_ENTRIES = 8

@@ -21,8 +21,8 @@ import httpx
 
 from kvcached.config import child_environment
 from kvcached.demo.models import Model
-from kvcached.demo.processes import session_processes
 from kvcached.errors import KvcachedError
+from kvcached.processes import session_processes
 
 START_LIMIT_S = 240.0
 STOP_LIMIT_S = 20.0
