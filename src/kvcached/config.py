@@ -302,12 +302,14 @@ def variable_of_an_engine(name: str) -> str | None:
     return os.environ.get(name)
 
 
-def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment for a child, without kvcached's variables but with changes."""
+def child_environment(changes: Mapping[str, str], *, whole: bool = False) -> dict[str, str]:
+    """This process's environment for a child, without kvcached's variables (unless ``whole``) but
+    with changes.
+    """
     inherited = {
         name: text
         for name, text in os.environ.items()
-        if name != ENABLE and not name.startswith(PREFIX)
+        if whole or (name != ENABLE and not name.startswith(PREFIX))
     }
     return {**inherited, **changes}
 

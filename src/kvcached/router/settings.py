@@ -66,7 +66,7 @@ class SleepSettings(_Settings):
     kv_after_s: Seconds | None = 2.0
     """Seconds without a request after which its KV cache's memory goes back to the others. Null:
     only when others want it."""
-    after_s: Seconds | None = None
+    after_s: Seconds | None = Field(default=None, ge=1)
     """Seconds without a request after which it falls asleep. Null: never."""
     how: Literal["auto", "kv", "engine-1", "engine-2", "stop"] = "auto"
     """`kv`: it keeps its weights. `engine-1`: the engine's sleep mode, weights go to the host's
@@ -118,9 +118,9 @@ class HealthSettings(_Settings):
     """How long an answer may take. SGLang's own check may take 20 s on a busy engine."""
     failures: int = Field(default=2, ge=1)
     """Looks without a good answer, one after the other, until the engine is killed."""
-    stalled_after_s: Seconds | None = 120.0
-    """An engine that says it runs requests and makes no token for so long is killed. Null: never.
-    SGLang says so only with `--enable-metrics`."""
+    stalled_after_s: Seconds | None = 300.0
+    """A vLLM engine that says it runs requests and makes no token for so long is killed. Null:
+    never. SGLang does not say how far a request is."""
 
 
 class LogSettings(_Settings):
@@ -227,6 +227,12 @@ class ServeSettings(_Settings):
     """How long requests may go on after SIGTERM."""
     parallel_starts: int = Field(default=2, ge=1)
     """Engines that start or wake at once; others wait their turn."""
+    max_awake: int | None = Field(default=None, ge=1)
+    """Engines that hold their weights at once, where the device has no room for all. Who wants to
+    wake beyond that puts the one to sleep that has been idle longest. Null: all."""
+    turn_s: Seconds = 30.0
+    """How long a busy model stays awake before others may have its place under `max_awake`: it
+    then takes no further requests, which wait, and finishes those that it has."""
     memory: MemorySettings = MemorySettings()
     logs: LogSettings = LogSettings()
     environment: dict[str, str | int | float | bool] = {}
@@ -262,12 +268,21 @@ def _misfits(settings: ServeSettings) -> Iterator[tuple[Where, str]]:
                 yield ("models", number, *place), f"{name!r} already means model {owners[name]}"
             owners.setdefault(name, model.name)
         yield from ((("models", number, *place), text) for place, text in _misfits_of(model))
+    yield from _misfits_of_seats(settings)
     for number, key in enumerate(settings.api_keys):
         for position, name in enumerate(key.models or ()):
             if name not in owners:
                 known = ", ".join(owners)
                 where = ("api_keys", number, "models", position)
                 yield where, f"there is no model {name!r}; there are: {known}"
+
+
+def _misfits_of_seats(settings: ServeSettings) -> Iterator[tuple[Where, str]]:
+    seats, models = settings.max_awake, settings.models
+    fixed = [each.name for each in models if each.sleep.keep_alive or each.sleep.how == "kv"]
+    if seats is not None and seats < len(models) and seats <= len(fixed):
+        names = ", ".join(fixed)
+        yield ("max_awake",), f"{names} never give up their weights: no place is left for others"
 
 
 def _named(model: ModelSettings) -> Iterator[tuple[Where, str]]:

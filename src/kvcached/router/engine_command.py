@@ -1,0 +1,196 @@
+"""One engine's command line and environment, and what is wrong with them before it is started."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvcached import nvml
+from kvcached.config import ENABLE, Config
+from kvcached.errors import ConfigError, UnavailableError
+from kvcached.router.settings import ModelSettings, ServeSettings, Where
+from kvcached.units import Share
+
+HOST = "127.0.0.1"  # engines ask for no key: only the router may reach them
+# What the service says itself: an engine that listened elsewhere would be lost.
+_OURS = frozenset(
+    {"host", "port", "uds", "served-model-name", "model", "model-path", "api-key"}
+    | {"enable-sleep-mode", "enable-memory-saver"}
+)
+_VARIABLES = {
+    "KVCACHED_NAME": "the model's name is used",
+    "KVCACHED_INSTANCE": "kvcached sets it",
+}
+_VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_COLOR": "0"}
+_DEV_MODE = {"VLLM_SERVER_DEV_MODE": "1"}  # /sleep and /wake_up exist only then
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCommand:
+    """What is started, and with which whole environment."""
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+def engine_command(
+    settings: ServeSettings, model: ModelSettings, port: int, inherited: Mapping[str, str]
+) -> EngineCommand:
+    """How one model's engine is started. ``inherited`` is the service's own environment."""
+    environment = engine_environment(settings, model, inherited)
+    sleeps = how_it_sleeps(settings, model, on_gpu(environment)).startswith("engine")
+    where = ["--host", HOST, "--port", str(port)]
+    python = model.python or Path(sys.executable)
+    if model.engine == "vllm":
+        command = [str(python.with_name("vllm")), "serve", model.source, *where]
+        command += ["--served-model-name", *model.names]
+        command += ["--enable-sleep-mode"] if sleeps else []
+    else:
+        command = [str(python), "-m", "sglang.launch_server", "--model-path", model.source]
+        command += [*where, "--served-model-name", model.name]
+        command += ["--enable-memory-saver"] if sleeps else []
+    if sleeps and model.engine == "vllm":
+        environment |= _DEV_MODE
+    return EngineCommand((*command, *options(model.arguments)), environment)
+
+
+def engine_environment(
+    settings: ServeSettings, model: ModelSettings, inherited: Mapping[str, str]
+) -> dict[str, str]:
+    """The whole environment: the service's own, kvcached's settings, then what the file says."""
+    memory = settings.memory
+    ours = {
+        ENABLE: "true",
+        "KVCACHED_NAME": model.name,
+        "KVCACHED_WEIGHT": f"{model.weight:g}",
+        "KVCACHED_GUARANTEE": _exactly(model.guarantee),
+        "KVCACHED_LIMIT": _exactly(model.limit),
+        "KVCACHED_DEVICE": memory.device,
+        "KVCACHED_CAPACITY": None if memory.capacity is None else str(memory.capacity),
+        "KVCACHED_HEADROOM": _exactly(memory.headroom),
+        "KVCACHED_DIR": None if memory.directory is None else str(memory.directory),
+    }
+    given = {name: text for name, text in ours.items() if text is not None}
+    engines = _VLLM_ENVIRONMENT if model.engine == "vllm" else {}
+    written = {**settings.environment, **model.environment}
+    return {**engines, **inherited, **given, **{name: str(text) for name, text in written.items()}}
+
+
+def options(arguments: list[str | int | float] | dict[str, Any]) -> list[str]:
+    """A list as it is, and a mapping as the options that it means: `max-model-len: 4096`,
+    `enforce-eager: true` (`--enforce-eager`; false: `--no-enforce-eager`; null: nothing), a list as
+    several values, a mapping as JSON.
+    """
+    if isinstance(arguments, list):
+        return [str(word) for word in arguments]
+    words: list[str] = []
+    for name, value in arguments.items():
+        option = "--" + _plain(name)
+        if isinstance(value, bool):
+            words.append(option if value else "--no-" + _plain(name))
+        elif isinstance(value, dict):
+            words += [option, json.dumps(value)]
+        elif isinstance(value, list):
+            words += [option, *map(str, value)]
+        elif value is not None:
+            words += [option, str(value)]
+    return words
+
+
+def how_it_sleeps(settings: ServeSettings, model: ModelSettings, gpu: bool) -> str:
+    """`kv`, `engine-1`, `engine-2` or `stop`; `never` where neither time nor others ask for it."""
+    wanted = model.sleep.after_s is not None or settings.max_awake is not None
+    if model.sleep.keep_alive or not wanted:
+        return "never"
+    if model.sleep.how == "auto":
+        return "engine-1" if gpu else "stop"
+    return model.sleep.how
+
+
+def misfits(settings: ServeSettings, inherited: Mapping[str, str]) -> Iterator[tuple[Where, str]]:
+    """What this machine says to the settings: the fields that are wrong here, and why."""
+    for name in _VARIABLES.keys() & settings.environment.keys():
+        yield ("environment", name), _VARIABLES[name]
+    for number, model in enumerate(settings.models):
+        for place, text in _misfits_of(settings, model, inherited):
+            yield ("models", number, *place), text
+
+
+def _misfits_of(
+    settings: ServeSettings, model: ModelSettings, inherited: Mapping[str, str]
+) -> Iterator[tuple[Where, str]]:
+    python = model.python or Path(sys.executable)
+    program = python.with_name("vllm") if model.engine == "vllm" else python
+    if not program.is_file():
+        yield (
+            ("engine",) if model.python is None else ("python",),
+            f"there is no {program}; `python` names the Python that {model.engine} is installed in",
+        )
+    yield from _wrong_arguments(model)
+    for name, why in _VARIABLES.items():
+        if name in model.environment:
+            yield ("environment", name), why
+    environment = engine_environment(settings, model, inherited)
+    try:
+        config = Config.from_env(environment)
+    except ConfigError as error:
+        yield _field_of(str(error), model), str(error)
+        return
+    for notice in config.notices:
+        variable = notice.partition(" ")[0]
+        if variable in model.environment:
+            yield ("environment", variable), notice
+    gpu = on_gpu(environment)
+    if how_it_sleeps(settings, model, gpu).startswith("engine") and not gpu:
+        yield ("sleep", "how"), f"{model.sleep.how} needs a GPU; without one expected kv or stop"
+
+
+def _wrong_arguments(model: ModelSettings) -> Iterator[tuple[Where, str]]:
+    named = model.arguments
+    keys: list[tuple[str | int, str]]
+    if isinstance(named, list):
+        words = [(n, str(word)) for n, word in enumerate(named)]
+        keys = [(n, _plain(word.partition("=")[0])) for n, word in words if word.startswith("--")]
+    else:
+        keys = [(name, _plain(name)) for name in named]
+    for place, name in keys:
+        if name in _OURS:
+            yield ("arguments", place), f"--{name} is set by the service"
+        if isinstance(named, dict) and named[str(place)] is False and model.engine == "sglang":
+            yield ("arguments", place), "SGLang has no --no- options: leave it out"
+
+
+def _field_of(message: str, model: ModelSettings) -> Where:
+    """The field that a variable named in an error comes from."""
+    variable = message.partition("=")[0]
+    if variable in model.environment:
+        return ("environment", variable)
+    field = variable.removeprefix("KVCACHED_").lower()
+    return (field,) if field in ("guarantee", "limit", "weight") else ()
+
+
+def _exactly(share: Share | None) -> str | None:
+    if share is None:
+        return None
+    return str(share.size_bytes) if share.percent is None else f"{share.percent:g}%"
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("_", "-")
+
+
+def on_gpu(environment: Mapping[str, str]) -> bool:
+    """Whether an engine with this environment would find a GPU."""
+    device = environment.get("KVCACHED_DEVICE", "")
+    if device:
+        return not device.startswith("host:")
+    if environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    try:
+        return bool(nvml.uuid_of(0))
+    except UnavailableError:
+        return False
