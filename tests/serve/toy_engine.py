@@ -1,4 +1,4 @@
-"""A program that behaves as an engine does from outside: processes, port, HTTP endpoints, log lines.
+"""A program that behaves as an engine does from outside: processes, a port, HTTP, log lines.
 
 It stands where `vllm` stands beside a Python. TOY_* variables say how it misbehaves. It keeps a
 record of what it was asked, a line each, in TOY_RECORD.
@@ -96,8 +96,8 @@ def main() -> None:
     subprocess.Popen(["sleep", "600"], env={}, stdout=sys.stdout)
     time.sleep(float(os.environ.get("TOY_START_S", "0")))
     if fails := os.environ.get("TOY_FAILS"):
-        path = os.environ["TOY_RECORD"]
-        starts = sum(line.startswith("START") for line in open(path))
+        with open(os.environ["TOY_RECORD"]) as stream:
+            starts = sum(line.startswith("START") for line in stream)
         if starts <= int(fails):
             print(f"no luck with start {starts}", flush=True)
             raise SystemExit(3)

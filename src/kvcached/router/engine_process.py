@@ -96,13 +96,14 @@ class EngineProcess:
 
 async def _follow(descriptor: int, log: EngineLog) -> None:
     reader = asyncio.StreamReader()
-    pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), open(descriptor, "rb", buffering=0)
-    )
-    try:
-        await log.follow(reader)
-    finally:
-        pipe.close()
+    with open(descriptor, "rb", buffering=0) as stream:
+        pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), stream
+        )
+        try:
+            await log.follow(reader)
+        finally:
+            pipe.close()
 
 
 def free_port() -> int:
