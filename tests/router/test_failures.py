@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from conftest import Running, ToyEngine, running, wait_until
+from router_runs import Running, ToyEngine, running, wait_until
 
 from kvcached.router.engines import Limits
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Running, ToyEngine, running, wait_until
+from router_runs import Running, ToyEngine, running, wait_until
 
 COMPLETIONS = "/v1/completions"
 

@@ -179,7 +179,8 @@ class Router:
 
     async def _openapi(self, request: Request) -> Response:
         del request
-        return JSONResponse(description(kvcached.__version__, bool(self._settings.api_keys)))
+        names = None if self._settings.api_keys else [*self._names]
+        return JSONResponse(description(kvcached.__version__, names))
 
 
 async def _health(request: Request) -> Response:

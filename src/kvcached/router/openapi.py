@@ -6,6 +6,7 @@ themselves what they do not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 Schema = dict[str, Any]
@@ -68,29 +69,31 @@ _SAMPLING: Schema = {
 }
 
 
-def _request(required: str, schema: Schema, more: Schema) -> Schema:
-    properties = {"model": {"type": "string", "minLength": 1}, required: schema, **more}
+_CONVERSATION: Schema = {"type": "array", "items": _MESSAGE, "minItems": 1}
+
+
+def _request(model: Schema, required: str, schema: Schema, more: Schema) -> Schema:
+    properties = {"model": model, required: schema, **more}
     return {"type": "object", "required": ["model", required], "properties": properties}
 
 
-_REQUESTS = {
-    "Completion": _request("prompt", _TEXT_OR_TOKENS, _SAMPLING),
-    "Chat": _request("messages", {"type": "array", "items": _MESSAGE, "minItems": 1}, _SAMPLING),
-    "Embedding": _request("input", _TEXT_OR_TOKENS, {}),
-}
-
-
-def description(version: str, with_keys: bool) -> dict[str, Any]:
-    """An OpenAPI 3.1 document. ``with_keys``: whether API keys are needed."""
+def description(version: str, models: Sequence[str] | None) -> dict[str, Any]:
+    """An OpenAPI 3.1 document. ``models``: all names; None where API keys are needed, which also
+    open what their names are.
+    """
+    model: Schema = {"type": "string", "minLength": 1} if models is None else {"enum": [*models]}
+    requests = {
+        "Completion": _request(model, "prompt", _TEXT_OR_TOKENS, _SAMPLING),
+        "Chat": _request(model, "messages", _CONVERSATION, _SAMPLING),
+        "Embedding": _request(model, "input", _TEXT_OR_TOKENS, {}),
+    }
     paths: dict[str, Any] = {
         "/v1/completions": {"post": _engine_call("Completion", "Completes a text.")},
         "/v1/chat/completions": {"post": _engine_call("Chat", "Answers a conversation.")},
         "/v1/embeddings": {"post": _engine_call("Embedding", "Embeds texts.")},
         "/v1/models": {"get": _look("All models and aliases.", "application/json", 401)},
         "/v1/models/{model}": {
-            "parameters": [
-                {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-            ],
+            "parameters": [{"name": "model", "in": "path", "required": True, "schema": model}],
             "get": _look("One model.", "application/json", 401, 404),
         },
         "/health": {"get": {**_look("Whether the service runs.", "application/json")}},
@@ -103,17 +106,16 @@ def description(version: str, with_keys: bool) -> dict[str, Any]:
         "info": {"title": "kvcached serve", "version": version},
         "paths": paths,
         "components": {
-            "schemas": {"Error": _ERROR, **_REQUESTS},
+            "schemas": {"Error": _ERROR, **requests},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
-    if with_keys:
+    if models is None:
         document["security"] = [{"key": []}]
     return document
 
 
 def _engine_call(name: str, summary: str) -> dict[str, Any]:
-    stream = {"schema": {"type": "string"}}
     return {
         "summary": summary,
         "requestBody": {
@@ -125,7 +127,7 @@ def _engine_call(name: str, summary: str) -> dict[str, Any]:
                 "description": "The engine's answer; a stream of events where one was asked for.",
                 "content": {
                     "application/json": {"schema": {"type": "object"}},
-                    "text/event-stream": stream,
+                    "text/event-stream": {},
                 },
             },
             **_errors(*_STATUSES),
