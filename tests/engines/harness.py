@@ -349,6 +349,10 @@ class Pair:
         return self
 
     @property
+    def ledger_directory(self) -> Path:
+        return self._place[0]
+
+    @property
     def ledger(self) -> Ledger:
         if self._ledger is None:
             self._ledger = Ledger.open(*self._place, create=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from pathlib import Path
@@ -32,6 +33,12 @@ def exporter(
         float, typer.Option(min=0.05, max=3600, help="Seconds between the page's samples.")
     ] = 1.0,
     device: Annotated[str, typer.Option(help="One device; all shared ones if not given.")] = "",
+    serve: Annotated[
+        str, typer.Option(help="The address of a `kvcached serve`: the page shows its models.")
+    ] = "",
+    serve_key_file: Annotated[
+        Path | None, typer.Option(help="A file with an API key that opens all of its models.")
+    ] = None,
 ) -> int:
     """Prometheus metrics (/metrics) and a live page (/) of all ledgers.
 
@@ -45,9 +52,12 @@ def exporter(
       kvcached exporter --host 0.0.0.0 --port 9877
 
       head -c 24 /dev/urandom | base64 > token; kvcached exporter --token-file token
+
+      kvcached exporter --serve http://127.0.0.1:8000
     """
     try:
         from kvcached.cli.exporter.history import History
+        from kvcached.cli.exporter.served import Served
         from kvcached.cli.exporter.server import Exporter
     except ModuleNotFoundError as error:
         complain("kvcached", f"{error}; the exporter needs: pip install 'kvcached[tools]'")
@@ -55,9 +65,13 @@ def exporter(
     from kvcached.cli.listing import observer
 
     token = _token(token_file) if token_file is not None else None
-    with observer(device) as looks, History(observer(device), interval) as history:
+    key = _text("--serve-key-file", serve_key_file) if serve_key_file is not None else ""
+    with contextlib.ExitStack() as open_ones:
+        looks = open_ones.enter_context(observer(device))
+        history = open_ones.enter_context(History(observer(device), interval))
+        served = open_ones.enter_context(Served(serve, key, interval)) if serve else None
         try:
-            server = Exporter((host, port), looks, history, token)
+            server = Exporter((host, port), looks, history, token, served)
         except OSError as error:
             raise ConfigError(f"--host {host} --port {port}: {error.strerror}") from None
         with server:
@@ -72,11 +86,15 @@ def exporter(
     return 0
 
 
-def _token(path: Path) -> str:
+def _text(option: str, path: Path) -> str:
     try:
-        token = path.read_text().strip()
+        return path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--token-file {path}: {error}") from None
+        raise ConfigError(f"{option} {path}: {error}") from None
+
+
+def _token(path: Path) -> str:
+    token = _text("--token-file", path)
     if len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable():
         raise ConfigError(f"--token-file {path}: expected at least {MIN_TOKEN} ASCII characters")
     return token

@@ -21,6 +21,7 @@ from prometheus_client.exposition import choose_encoder
 
 from kvcached.cli.exporter.history import History
 from kvcached.cli.exporter.metrics import LedgerCollector
+from kvcached.cli.exporter.served import Served
 from kvcached.cli.output import document, setting_fields
 from kvcached.control import open_pool
 from kvcached.errors import ConfigError, InvalidArgumentError, KvcachedError
@@ -37,6 +38,7 @@ _EFFECT_S = 0.3
 PAGES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/dashboard.js": ("dashboard.js", "text/javascript; charset=utf-8"),
+    "/served.js": ("served.js", "text/javascript; charset=utf-8"),
     "/chart.js": ("chart.js", "text/javascript; charset=utf-8"),
     "/dashboard.css": ("dashboard.css", "text/css; charset=utf-8"),
 }
@@ -54,10 +56,15 @@ class Exporter(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, address: tuple[str, int], looks: Observer, history: History, token: str | None
+        self,
+        address: tuple[str, int],
+        looks: Observer,
+        history: History,
+        token: str | None,
+        served: Served | None = None,
     ) -> None:
         super().__init__(address, _Handler)
-        self.history, self.token = history, token
+        self.history, self.token, self.served = history, token, served
         self._registry = CollectorRegistry()
         self._registry.register(LedgerCollector(looks))
         self._one_scrape = threading.Lock()
@@ -125,6 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         settings = {
             "interval_s": self.server.history.interval_s,
             "can_change": self.server.token is not None,
+            "serve": None if self.server.served is None else self.server.served.now(),
         }
         self._json(HTTPStatus.OK, document("state", {**settings, **fields}))
 

@@ -39,6 +39,7 @@ function take(news) {
   state.sequence = news.sequence;
   state.canChange = news.can_change;
   byId("token-form").hidden = !news.can_change;
+  showServed(news.serve);
   state.samples.push(...news.samples);
   const now_s = state.samples.length ? state.samples[state.samples.length - 1].time_s : 0;
   state.samples = state.samples.filter((sample) => now_s - sample.time_s <= SPAN_S);
