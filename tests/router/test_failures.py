@@ -150,6 +150,20 @@ def test_a_stopped_engine_is_a_timeout_and_the_other_is_served(
         engines[0].process.send_signal(signal.SIGCONT)
 
 
+def test_a_service_that_ends_finishes_what_it_has_and_takes_nothing_more(
+    engines: list[ToyEngine],
+) -> None:
+    with running(engines) as router, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(events, router, words=20, gap_s=0.05)
+        wait_until(lambda: router.router.gate.lines["a"].running == 1, 5, "it runs")
+        router.call(router.router.drain)
+        refused = httpx.post(router.url + URL, json={"model": "a"})
+        assert refused.status_code == 503 and code(refused) == "shutting_down"
+        assert refused.headers["retry-after"]
+        assert httpx.get(router.url + "/health").status_code == 503
+        assert len(asked.result()) == 21 and asked.result()[-1] == "[DONE]"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_ends_the_engines_work_at_once(
     router: Running, engines: list[ToyEngine], stream: bool

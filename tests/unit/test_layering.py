@@ -78,7 +78,7 @@ def test_engines_know_neither_tools_nor_each_other(path: Path) -> None:
             assert _inside(module, f"kvcached.engines.{own}"), module
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if _room(p) == "cli"], ids=_name)
+@pytest.mark.parametrize("path", [p for p in SOURCES if _room(p) in ("cli", "router")], ids=_name)
 def test_tools_import_no_torch_and_no_engine(path: Path) -> None:
     for module in _imports(path):
         assert _top(module) not in ENGINES | {"torch"}, module

@@ -75,6 +75,13 @@ def unavailable(model: str, down: UpstreamDown) -> ApiError:
     return ApiError(503, text, "model_unavailable", kind="server_error", retry_after_s=again_s)
 
 
+def ending() -> ApiError:
+    """The service takes no further requests."""
+    text = "The service is shutting down."
+    again_s = DEFAULT_RETRY_AFTER_S
+    return ApiError(503, text, "shutting_down", kind="server_error", retry_after_s=again_s)
+
+
 def broken(model: str, what: str) -> ApiError:
     """The engine had the request and broke off; whether to send it again is the client's to say."""
     text = f"The engine of the model {model!r} broke off: {what}. It may have begun the request."

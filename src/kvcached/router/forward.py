@@ -10,7 +10,7 @@ import aiohttp
 
 from kvcached.router import wanted
 from kvcached.router.engines import BROKEN, Engines, Limits
-from kvcached.router.errors import ApiError, not_found, openai_form
+from kvcached.router.errors import ApiError, ending, not_found, openai_form
 from kvcached.router.exchange import Exchange, Receive, Room, Scope, Send
 from kvcached.router.keys import Keys
 from kvcached.router.line import Line, Ticket
@@ -57,6 +57,8 @@ class Forward:
         self._limits = limits
         self._max_body = max_body
         self._room = Room(_BODIES * max_body)
+        self.draining = False
+        """Requests that come now are refused; those that came before go on."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -90,6 +92,8 @@ class Forward:
         if scope["method"] != "POST":
             raise ApiError(405, "Only POST is allowed here.", "method_not_allowed")
         access = self._keys.access(exchange.headers.get(b"authorization"))
+        if self.draining:
+            raise ending()
         # Without this a web page could send what a browser calls a simple request, CORS or not.
         kind = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if kind != b"application/json":
