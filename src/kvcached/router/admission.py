@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-OLDEST_EVERY = 4
+OLDEST_EVERY = 8
 """Of so many admissions one is the oldest request's."""
 WINDOW = 512
 """So many requests, the oldest ones, are put in order; an order costs about a microsecond each."""

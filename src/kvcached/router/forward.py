@@ -29,6 +29,8 @@ CLIENT_GONE = 499
 """The status in the metrics of a request whose client went away."""
 _PASSED_TO_ENGINES = (b"accept", b"content-type", b"traceparent", b"tracestate", b"user-agent")
 _PASSED_TO_CLIENTS = ("Content-Type", "Content-Encoding", "Cache-Control", "Retry-After")
+_UNBUFFERED = (b"x-accel-buffering", b"no")
+"""Tells proxies in front of the router to pass parts of a stream on at once."""
 _BODIES = 8
 """So many of the largest bodies may wait at once."""
 _SMALL = 1 << 20
@@ -164,7 +166,7 @@ class Forward:
             async for part in answer.content.iter_any():
                 if not last:
                     self._first(ticket)
-                    await exchange.begin(answer.status, _answer_headers(answer))
+                    await exchange.begin(answer.status, [*_answer_headers(answer), _UNBUFFERED])
                 await exchange.send(part)
                 last = part
         except BROKEN as error:
