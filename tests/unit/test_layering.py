@@ -93,6 +93,12 @@ def test_the_registry_of_versions_imports_no_engine() -> None:
         assert not _inside(module, "kvcached.engines") and _top(module) not in ENGINES, module
 
 
+@pytest.mark.parametrize("path", [p for p in SOURCES if _room(p) == "router"], ids=_name)
+def test_the_router_is_no_command(path: Path) -> None:
+    for module in _imports(path):
+        assert not _inside(module, "kvcached.cli") and _top(module) != "ray", module
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_only_the_command_line_imports_the_demo_and_the_benchmarks(path: Path) -> None:
     if _room(path) not in ("demo", "bench", "cli"):

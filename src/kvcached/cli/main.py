@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 import kvcached
-from kvcached.cli import bench, reading
+from kvcached.cli import bench, reading, serve
 from kvcached.cli.doctor import command as doctor
 from kvcached.cli.edge import run_app
 from kvcached.cli.exporter import command as exporter
@@ -28,6 +28,7 @@ app.add_typer(bench.app, name="bench")
 reading.register(app)
 doctor.register(app)
 exporter.register(app)
+serve.register(app)
 
 
 def _print_version(wanted: bool) -> None:

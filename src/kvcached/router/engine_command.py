@@ -62,22 +62,28 @@ def engine_environment(
     settings: ServeSettings, model: ModelSettings, inherited: Mapping[str, str]
 ) -> dict[str, str]:
     """The whole environment: the service's own, kvcached's settings, then what the file says."""
-    memory = settings.memory
     ours = {
-        ENABLE: "true",
         "KVCACHED_NAME": model.name,
         "KVCACHED_WEIGHT": f"{model.weight:g}",
         "KVCACHED_GUARANTEE": _exactly(model.guarantee),
         "KVCACHED_LIMIT": _exactly(model.limit),
+    }
+    engine = _VLLM_ENVIRONMENT if model.engine == "vllm" else {}
+    common = service_environment(settings, {**engine, **inherited})
+    return {**common, **_given(ours), **_texts(model.environment)}
+
+
+def service_environment(settings: ServeSettings, inherited: Mapping[str, str]) -> dict[str, str]:
+    """What the environments of all engines have in common."""
+    memory = settings.memory
+    ours = {
+        ENABLE: "true",
         "KVCACHED_DEVICE": memory.device,
         "KVCACHED_CAPACITY": None if memory.capacity is None else str(memory.capacity),
         "KVCACHED_HEADROOM": _exactly(memory.headroom),
         "KVCACHED_DIR": None if memory.directory is None else str(memory.directory),
     }
-    given = {name: text for name, text in ours.items() if text is not None}
-    engines = _VLLM_ENVIRONMENT if model.engine == "vllm" else {}
-    written = {**settings.environment, **model.environment}
-    return {**engines, **inherited, **given, **{name: str(text) for name, text in written.items()}}
+    return {**inherited, **_given(ours), **_texts(settings.environment)}
 
 
 def options(arguments: list[str | int | float] | dict[str, Any]) -> list[str]:
@@ -171,6 +177,17 @@ def _field_of(message: str, model: ModelSettings) -> Where:
         return ("environment", variable)
     field = variable.removeprefix("KVCACHED_").lower()
     return (field,) if field in ("guarantee", "limit", "weight") else ()
+
+
+def _given(variables: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: text for name, text in variables.items() if text is not None}
+
+
+def _texts(variables: Mapping[str, str | int | float | bool]) -> dict[str, str]:
+    return {
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in variables.items()
+    }
 
 
 def _exactly(share: Share | None) -> str | None:

@@ -33,20 +33,20 @@ class EngineProcess:
         # A pipe of our own: asyncio's would have `wait` last until the engine's other processes,
         # which hold it too, have ended (Python 3.11 and later).
         ours, its = os.pipe()
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command.arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=its,
-                stderr=its,
-                env={**command.environment, **guard.environment},
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(ours)
-            raise
-        finally:
-            os.close(its)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, ours)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command.arguments,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=its,
+                    stderr=its,
+                    env={**command.environment, **guard.environment},
+                    start_new_session=True,
+                )
+            finally:
+                os.close(its)
+            undo.pop_all()
         guard.watch(process.pid)
         return cls(process, guard, asyncio.create_task(_follow(ours, log)))
 

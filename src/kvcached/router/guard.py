@@ -77,18 +77,18 @@ class Guard:
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         its, ours = os.pipe()
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", __name__, self.token),
-                stdin=its,
-                stdout=asyncio.subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(ours)
-            raise
-        finally:
-            os.close(its)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, ours)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", __name__, self.token),
+                    stdin=its,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            finally:
+                os.close(its)
+            undo.pop_all()
         self._close_pipe()
         self._process, self._pipe = process, ours
         for session in self._sessions:

@@ -21,7 +21,7 @@ from kvcached.units import MIB
 Seconds = Annotated[float, Field(ge=0, le=30 * 86400)]
 
 
-_HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\s]+):(?P<port>\d{1,5})")
+_HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\s]+):(\d{1,5})")
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$"  # as KVCACHED_NAME allows it: it becomes that
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -46,7 +46,7 @@ class ListenSettings(_Settings):
         match = _HOST_AND_PORT.fullmatch(value)
         if match is None:
             raise PydanticCustomError("listen", "expected HOST:PORT, such as 127.0.0.1:8000")
-        return {"host": match["host"].strip("[]"), "port": int(match["port"])}
+        return {"host": match[1].strip("[]"), "port": int(match[2])}
 
 
 class KeySettings(_Settings):
@@ -239,6 +239,13 @@ class ServeSettings(_Settings):
     """Variables for all engines."""
     models: list[ModelSettings] = Field(min_length=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_writers_keys(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: each for key, each in value.items() if not str(key).startswith("x-")}
+
     @model_validator(mode="after")
     def _fit_together(self) -> ServeSettings:
         problems = [(list(where), text) for where, text in _misfits(self)]
@@ -302,3 +309,14 @@ def _misfits_of(model: ModelSettings) -> Iterator[tuple[Where, str]]:
         yield ("sleep", "how"), "SGLang's sleep has no level 2; expected engine-1, kv or stop"
     if model.restart.first_s > model.restart.longest_s:
         yield ("restart", "first_s"), "is longer than longest_s"
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of the file (2020-12), for editors: docs/serve.schema.json."""
+    schema = ServeSettings.model_json_schema(mode="validation")
+    listen = schema["$defs"]["ListenSettings"]
+    text = {"type": "string", "pattern": f"^{_HOST_AND_PORT.pattern}$"}
+    schema["$defs"]["ListenSettings"] = {"anyOf": [text, listen]}
+    schema["patternProperties"] = {"^x-": {"description": "Left to the writer, for anchors."}}
+    schema["title"] = "The settings of kvcached serve"
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -78,7 +78,6 @@ def load(path: Path, environment: Mapping[str, str]) -> SettingsFile:
     if not isinstance(data, dict):
         text = "expected settings such as `models:`"
         raise SettingsError([Problem(str(path), 1, "", text)])
-    data = {key: value for key, value in data.items() if not key.startswith("x-")}
     try:
         settings = ServeSettings.model_validate(data)
     except ValidationError as error:

@@ -61,6 +61,8 @@ class Supervisor:
             for model in settings.models
         }
         """The upstreams, by name."""
+        self.fault = asyncio.Event()
+        """Set where a fault of ours ended the supervision of a model."""
 
     async def start(self) -> None:
         """Starts what is to start at once, and returns without waiting for it."""
@@ -113,3 +115,4 @@ class Supervisor:
         with contextlib.suppress(asyncio.CancelledError):
             if (error := keeper.exception()) is not None:
                 logger.critical("%s has failed", keeper.get_name(), exc_info=error)
+                self.fault.set()
