@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from service import alive
+from service import alive, mentioning
 
 import kvcached
 from kvcached.config import child_environment
@@ -194,20 +194,7 @@ def test_a_service_killed_again_and_again_while_it_starts_leaves_no_process(
             time.sleep(0.01 * number)
             os.kill(served.process.pid, signal.SIGKILL)
             served.process.wait()
-        wait_until(lambda folder=folder: not of(folder), "all have ended", limit_s=5)
-
-
-def of(folder: Path) -> list[int]:
-    """Processes whose environment names the folder: toys."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if (
-                entry.name.isdigit()
-                and str(folder / "a").encode() in (entry / "environ").read_bytes()
-            ):
-                found.append(int(entry.name))
-    return found
+        wait_until(lambda path=str(folder / "a"): not mentioning(path), "all have ended", limit_s=5)
 
 
 def test_the_guard_is_replaced_when_it_is_killed(tmp_path: Path, toy_python: Path) -> None:

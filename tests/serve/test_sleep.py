@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from service import Service, ask, in_state, until
 
 from kvcached.router.upstream import State
@@ -58,7 +59,7 @@ def test_requests_in_every_state_are_answered(service: Any, how: str, slept: Sta
             await asyncio.gather(*answers)
             watcher.cancel()
 
-    asyncio.run(run())
+    uvloop.run(run())
     assert {State.STARTING, State.READY, State.FALLING_ASLEEP, slept} <= seen
 
 
@@ -82,7 +83,7 @@ def test_vllm_levels_are_what_is_called(service: Any) -> None:
                 await in_state(model, State.ASLEEP)
                 await ask(model)
 
-        asyncio.run(run())
+        uvloop.run(run())
         calls = [line for line in made.record(how) if "/v1/" not in line]
         assert calls[1:] == expected
         assert '"--enable-sleep-mode"' in calls[0]
@@ -97,7 +98,7 @@ def test_a_long_request_is_not_idleness(service: Any) -> None:
             await ask(a, seconds=2 * AFTER_S)
             assert a.state is State.READY and made.starts("a") == 1
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_a_pinned_model_stays_awake(service: Any) -> None:
@@ -111,7 +112,7 @@ def test_a_pinned_model_stays_awake(service: Any) -> None:
             await asyncio.sleep(2 * AFTER_S)
             assert supervisor.models["a"].state is State.READY
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_one_that_refuses_to_sleep_is_woken_at_once(service: Any) -> None:
@@ -124,7 +125,7 @@ def test_one_that_refuses_to_sleep_is_woken_at_once(service: Any) -> None:
             await until(lambda: "POST /wake_up" in made.record("a"), "the wake")
             assert (await ask(a))["pid"] == first
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_one_that_does_not_wake_is_started_anew(service: Any) -> None:
@@ -138,7 +139,7 @@ def test_one_that_does_not_wake_is_started_anew(service: Any) -> None:
             assert (await ask(a))["pid"] != first
             assert "did not wake: POST" in a.status().error
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_one_that_is_killed_asleep_is_started_for_the_next_request(service: Any) -> None:
@@ -153,7 +154,7 @@ def test_one_that_is_killed_asleep_is_started_for_the_next_request(service: Any)
             await in_state(a, State.FAILED)
             assert (await ask(a))["pid"] != first
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_places_for_fewer_models_than_there_are(service: Any) -> None:
@@ -178,7 +179,7 @@ def test_places_for_fewer_models_than_there_are(service: Any) -> None:
             counter.cancel()
             assert most == 2
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_a_busy_model_leaves_its_place_after_its_turn(service: Any) -> None:
@@ -203,4 +204,4 @@ def test_a_busy_model_leaves_its_place_after_its_turn(service: Any) -> None:
             end.set()
             assert all(await asyncio.gather(*askers))
 
-    asyncio.run(run())
+    uvloop.run(run())

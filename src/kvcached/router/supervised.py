@@ -223,11 +223,7 @@ class Supervised:
             command = self._means.command(self.model, self._port)
             self.log.begin()
             self.log.add("starts: " + shlex.join(command.arguments))
-            try:
-                process = await EngineProcess.start(command, self._means.guard, self.log)
-            except OSError as error:
-                raise EngineFailed(f"did not start: {error}") from None
-            self._process = process
+            process = await self._spawn(command)
             await self._while_it_lives(self._answers(self.model.start_timeout_s))
         self._start_failed = False
         self._ready_since_s = time.monotonic()
@@ -235,6 +231,20 @@ class Supervised:
         self._demand.touch()
         self._become(State.READY)
         return self._watch
+
+    async def _spawn(self, command: EngineCommand) -> EngineProcess:
+        """Also where we are cancelled meanwhile, what was started is known afterwards."""
+        start = asyncio.ensure_future(EngineProcess.start(command, self._means.guard, self.log))
+        try:
+            await asyncio.shield(start)
+        except OSError as error:
+            reason = f"did not start: {command.arguments[0]}: {error.strerror}"
+            raise EngineFailed(reason) from None
+        finally:
+            await asyncio.wait({start})
+            if start.exception() is None:
+                self._process = start.result()
+        return start.result()
 
     async def _answers(self, limit_s: float) -> None:
         end_s = time.monotonic() + limit_s
