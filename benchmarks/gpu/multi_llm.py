@@ -157,8 +157,8 @@ def main() -> int:
     gpu = None if on_host else nvml.Gpu(device)
     slo = Slo(options.slo_ttft, options.slo_tpot)
     engines = Fleet(out, options.limit)
-    order = report.SIDES if options.first == "static" else report.SIDES[::-1]
-    order = tuple(name for name in order if name in options.sides)
+    both = report.SIDES if options.first == "static" else report.SIDES[::-1]
+    order = [name for name in both if name in options.sides]
     stage = Stage(engines, plan, options.limit, options.in_turn, device, slo, len(order))
     sides: list[Side] = []
     told = heading(options, device, plan)
