@@ -237,7 +237,9 @@ void MemberHandle::describe(int64_t block_bytes, int64_t block_tokens, int64_t p
 }
 
 void AccountHandle::count_reclaimed(int64_t size_bytes) {
-  if (usable()) add(row().counters.reclaimed, size_bytes);
+  if (!usable()) return;
+  add(row().counters.reclaimed, size_bytes);
+  add(row().geometry.reclaims, 1);
 }
 
 void AccountHandle::publish_cache(int64_t hits, int64_t misses, int64_t evictions,

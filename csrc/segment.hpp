@@ -36,7 +36,7 @@ struct AccountView {
   int64_t guarantee, limit, pinned;
   double weight;
   int64_t leased, created, charge, in_use, cached, warm, demand;
-  int64_t granted, refused, reclaimed, lock_timeouts;
+  int64_t granted, refused, reclaims, reclaimed, lock_timeouts;
   int64_t asked, hits, misses, evictions, evictions_by_pressure;
   int64_t waits, waited_us, longest_wait_us;
   std::vector<int64_t> wait_buckets;

@@ -13,7 +13,7 @@
 namespace kvcached::layout {
 
 constexpr char kMagic[8] = {'K', 'V', 'C', 'L', 'E', 'D', 'G', 'R'};
-constexpr uint32_t kVersion = 4;
+constexpr uint32_t kVersion = 5;
 constexpr uint32_t kMaxAccounts = 64;
 constexpr uint32_t kMaxMembers = 16;
 constexpr uint32_t kMaxSlots = 1024;
@@ -157,11 +157,14 @@ struct alignas(kLine) Waits {
   I64 buckets[kWaitBuckets];
 };
 
-// Written by the account's owner, once: what its blocks are, so that others can say what fits.
+// Written by the account's owner, once: what its blocks are, so that others can say what fits. The
+// last one is a counter for which the line above has no room: how often it gave memory back because
+// others wanted it.
 struct alignas(kLine) Geometry {
   I64 block_bytes;
   I64 block_tokens;
   I64 page_bytes;
+  I64 reclaims;
 };
 
 struct Account {

@@ -51,7 +51,7 @@ Status Segment::find_or_create(const std::string& instance, const std::string& n
   for (layout::I64* counter :
        {&counters.granted, &counters.refused, &counters.reclaimed, &counters.lock_timeouts,
         &counters.hits, &counters.misses, &counters.evictions, &counters.evictions_by_pressure,
-        &row.waits.count, &row.waits.total_us, &row.waits.longest_us}) {
+        &row.waits.count, &row.waits.total_us, &row.waits.longest_us, &row.geometry.reclaims}) {
     *counter = 0;
   }
   for (layout::I64& bucket : row.waits.buckets) bucket = 0;

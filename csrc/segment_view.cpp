@@ -35,6 +35,7 @@ AccountView Segment::view_account(uint32_t index) const {
   view.demand = charges::load(row.scheduler.demand);
   view.granted = charges::load(row.counters.granted);
   view.refused = charges::load(row.counters.refused);
+  view.reclaims = charges::load(row.geometry.reclaims);
   view.reclaimed = charges::load(row.counters.reclaimed);
   view.lock_timeouts = charges::load(row.counters.lock_timeouts);
   view.asked = charges::used(row.scheduler.claimed) ? charges::asked(row) : 0;

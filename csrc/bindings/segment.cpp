@@ -93,6 +93,7 @@ py::dict account_dict(const AccountView& view) {
   out["demand"] = view.demand;
   out["granted"] = view.granted;
   out["refused"] = view.refused;
+  out["reclaims"] = view.reclaims;
   out["reclaimed"] = view.reclaimed;
   out["lock_timeouts"] = view.lock_timeouts;
   out["asked"] = view.asked;

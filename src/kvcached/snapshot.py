@@ -66,6 +66,8 @@ class AccountSnapshot:
     """Leases granted so far."""
     refused: int
     """Leases refused so far."""
+    reclaims: int
+    """How often it gave memory back under pressure, or because an operator asked."""
     reclaimed: int
     """Bytes given back under pressure so far."""
     lock_timeouts: int

@@ -224,11 +224,13 @@ def test_names_are_cut_and_numbers_shown(ledger: Ledger) -> None:
     account = ledger.join("a", "é" * 40)
     account.publish(1, 2, 3)
     account.set_ready()
-    account.count_reclaimed(4)
+    account.count_reclaimed(3)
+    account.count_reclaimed(1)
     account.set_demand(5)
     (row,) = ledger.snapshot().accounts
     assert row.name == "é" * 31
     assert (row.in_use, row.cached, row.warm, row.reclaimed, row.demand) == (1, 2, 3, 4, 5)
+    assert row.reclaims == 2
     assert row.ready and row.alive and row.pids == (row.owner_pid,)
 
 

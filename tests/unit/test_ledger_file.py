@@ -68,7 +68,7 @@ def test_a_cut_file_is_refused(directory: Path, size: int) -> None:
     with create(directory) as ledger:
         path = ledger.path
     os.truncate(path, size)
-    with pytest.raises(LedgerError, match=rf"{path}.*{size} bytes.*version 4"):
+    with pytest.raises(LedgerError, match=rf"{path}.*{size} bytes.*version 5"):
         Ledger.open(directory, DEVICE)
     assert path.stat().st_size == size
 
@@ -89,10 +89,10 @@ def test_foreign_and_other_versions_are_refused(directory: Path) -> None:
         path = ledger.path
     good = path.read_bytes()
     path.write_bytes(b"#!/bin/sh" + good[9:])
-    with pytest.raises(LedgerError, match=rf"{path}.*not a ledger.*version 4"):
+    with pytest.raises(LedgerError, match=rf"{path}.*not a ledger.*version 5"):
         Ledger.open(directory, DEVICE)
     path.write_bytes(good[:8] + struct.pack("<I", 77) + good[12:])
-    with pytest.raises(LedgerError, match=rf"{path}.*version 77.*program's 4"):
+    with pytest.raises(LedgerError, match=rf"{path}.*version 77.*program's 5"):
         Ledger.open(directory, DEVICE)
     path.write_bytes(good)
     Ledger.open(directory, DEVICE).close()
