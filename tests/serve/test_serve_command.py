@@ -84,7 +84,7 @@ def serving(folder: Path, python: Path, **more: Any) -> Iterator[Served]:
             "start": "at once",
             "environment": {"ENABLE_KVCACHED": "0", "TOY_RECORD": str(folder / name)},
             "health": {"every_s": 0.2, "timeout_s": 1},
-            "restart": {"first_s": 0.1},
+            "restart": {"first_s": 0.1, "longest_s": 0.5, "give_up_after": 1000},
         }
         for name in ("a", "b")
     ]

@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
         elif where.path == "/v1/completions":
             status = 503 if self.toy.asleep else 200
             time.sleep(json.loads(body).get("seconds", 0))
-            self._answer({"pid": os.getpid()}, status)
+            self._answer({"pid": os.getpid(), "model": self.toy.names[0]}, status)
             return
         self._answer({})
 
