@@ -150,18 +150,22 @@ def test_a_stopped_engine_is_a_timeout_and_the_other_is_served(
         engines[0].process.send_signal(signal.SIGCONT)
 
 
-def test_a_service_that_ends_finishes_what_it_has_and_takes_nothing_more(
+def test_a_service_that_ends_finishes_what_it_can_and_says_so_to_the_others(
     engines: list[ToyEngine],
 ) -> None:
-    with running(engines) as router, ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(events, router, words=20, gap_s=0.05)
-        wait_until(lambda: router.router.gate.lines["a"].running == 1, 5, "it runs")
-        router.call(router.router.drain)
-        refused = httpx.post(router.url + URL, json={"model": "a"})
-        assert refused.status_code == 503 and code(refused) == "shutting_down"
-        assert refused.headers["retry-after"]
-        assert httpx.get(router.url + "/health").status_code == 503
-        assert len(asked.result()) == 21 and asked.result()[-1] == "[DONE]"
+    """What is short enough for ``drain_s`` (2 s here) is finished."""
+    with running(engines, Limits()) as router, ThreadPoolExecutor(3) as pool:
+        short = pool.submit(events, router, words=20, gap_s=0.05)
+        long = pool.submit(events, router, words=1000, gap_s=0.05)
+        silent = pool.submit(
+            httpx.post, router.url + URL, json={"model": "b", "first_s": 60}, timeout=20
+        )
+        wait_until(lambda: router.router.gate.lines["a"].running == 2, 5, "they run")
+        wait_until(lambda: router.router.gate.lines["b"].running == 1, 5, "it runs")
+        router.server.should_exit = True
+        assert len(short.result()) == 21 and short.result()[-1] == "[DONE]"
+        assert json.loads(long.result()[-1])["error"]["code"] == "shutting_down"
+        assert silent.result().status_code == 503 and code(silent.result()) == "shutting_down"
 
 
 @pytest.mark.parametrize("stream", [False, True])

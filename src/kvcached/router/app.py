@@ -22,7 +22,7 @@ import kvcached
 from kvcached.router import admission, memory
 from kvcached.router.admission import Policy
 from kvcached.router.engines import Engines, Limits
-from kvcached.router.errors import ApiError, ending, form, not_found
+from kvcached.router.errors import ApiError, form, not_found
 from kvcached.router.exchange import Receive, Scope, Send
 from kvcached.router.forward import ENDPOINTS, Forward
 from kvcached.router.keys import Access, Keys
@@ -80,11 +80,6 @@ class Router:
                 expose_headers=["X-Request-Id", "Retry-After"],
             )
 
-    def drain(self) -> None:
-        """From now on requests to models are refused; those that came before go on."""
-        if self._forward is not None:
-            self._forward.draining = True
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         await self._outer(scope, receive, send)
@@ -125,7 +120,7 @@ class Router:
             routes=[
                 Route("/v1/models", self._list_models),
                 Route("/v1/models/{model:path}", self._one_model),
-                Route("/health", self._health),
+                Route("/health", _health),
                 Route("/metrics", self._metrics_text),
                 Route("/status", self._status_page),
                 Route("/openapi.json", self._openapi),
@@ -160,12 +155,6 @@ class Router:
             raise not_found(name)
         return JSONResponse(self._model(name))
 
-    async def _health(self, request: Request) -> Response:
-        del request
-        if self._forward is None or self._forward.draining:
-            raise ending()
-        return JSONResponse({"status": "ok"})
-
     async def _metrics_text(self, request: Request) -> Response:
         self._operator(request)
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
@@ -192,6 +181,11 @@ class Router:
         del request
         names = None if self._settings.api_keys else [*self._names]
         return JSONResponse(description(kvcached.__version__, names))
+
+
+async def _health(request: Request) -> Response:
+    del request
+    return JSONResponse({"status": "ok"})
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

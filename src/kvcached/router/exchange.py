@@ -56,6 +56,8 @@ class Exchange:
         self._timer = self._loop.call_later(self._every_s, self._look)
         self._watch: asyncio.Task[None] | None = None
         self._over = False
+        self._events = False  # the answer is a stream of events
+        self._last = b""
         self._room: Room | None = None
         self._held = 0
 
@@ -143,6 +145,7 @@ class Exchange:
     async def begin(self, status: int, headers: Headers) -> None:
         """Sends the head of an answer."""
         self.status = status
+        self._events = any(h == b"content-type" and _is_events(kind) for h, kind in headers)
         ours = (b"x-request-id", self.request_id.encode())
         await self._send({
             "type": "http.response.start", "status": status, "headers": [*headers, ours]
@@ -153,6 +156,7 @@ class Exchange:
         self._blocked = ("stalled", self._loop.time(), self._patience[1])
         await self._send({"type": "http.response.body", "body": part, "more_body": True})
         self._blocked = None
+        self._last = part
 
     async def end(self, part: bytes = b"") -> None:
         """Sends the last part."""
@@ -168,11 +172,22 @@ class Exchange:
         """Sends an error as the answer."""
         await self.whole(error.status, [_JSON, *error.headers], error.body())
 
-    async def break_off(self, error: ApiError, last: bytes) -> None:
-        """Ends a stream of events that has begun with an error: an event of its own, also if what
-        was sent last, ``last``, is not the end of one. No ``[DONE]`` follows.
+    async def break_off(self, error: ApiError) -> None:
+        """Says that an answer ends before its end, as far as that can be said.
+
+        One that has not begun is an error. A stream of events gets one more with the error, also
+        after half an event, and no ``[DONE]``. Of any other the server cuts the connection, since
+        it is not complete: what was sent cannot be taken for the whole.
         """
-        await self.end((b"" if last.endswith(_EVENT_END) else _EVENT_END) + error.event())
+        if not self.status:
+            await self.error(error)
+        elif self._events:
+            whole_event = not self._last or self._last.endswith(_EVENT_END)
+            await self.end((b"" if whole_event else _EVENT_END) + error.event())
+
+
+def _is_events(kind: bytes) -> bool:
+    return kind.startswith(b"text/event-stream")
 
 
 def _request_id(given: bytes | None) -> str:

@@ -59,8 +59,6 @@ class Forward:
         self._limits = limits
         self._max_body = max_body
         self._room = Room(_BODIES * max_body)
-        self.draining = False
-        """Requests that come now are refused; those that came before go on."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -76,14 +74,14 @@ class Forward:
             except ApiError as error:
                 await exchange.error(error)
             except asyncio.CancelledError:
-                if not exchange.gone:
-                    raise  # the service ends
-                await self._gone(model, exchange)
+                await self._cancelled(model, exchange)
         status = exchange.status or CLIENT_GONE
         self._metrics.over(model, ENDPOINTS[scope["path"]], status, loop.time() - began_s)
 
-    async def _gone(self, model: str, exchange: Exchange) -> None:
-        if exchange.gone == "slow body":
+    async def _cancelled(self, model: str, exchange: Exchange) -> None:
+        if not exchange.gone:  # the service ends and has waited long enough
+            await exchange.break_off(ending())
+        elif exchange.gone == "slow body":
             text = f"The next part of the body did not come within {self._limits.body_s:g} s."
             await exchange.error(ApiError(408, text, "body_timeout", kind="timeout_error"))
         elif exchange.status:
@@ -94,8 +92,6 @@ class Forward:
         if scope["method"] != "POST":
             raise ApiError(405, "Only POST is allowed here.", "method_not_allowed")
         access = self._keys.access(exchange.headers.get(b"authorization"))
-        if self.draining:
-            raise ending()
         # Without this a web page could send what a browser calls a simple request, CORS or not.
         kind = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if kind != b"application/json":
@@ -136,13 +132,17 @@ class Forward:
     async def _pass_on(
         self, path: str, exchange: Exchange, ticket: Ticket, answer: aiohttp.ClientResponse
     ) -> None:
-        if answer.content_type == "text/event-stream" and answer.status < 400:
-            await self._pass_stream(exchange, ticket, answer)
-            return
         headers = _answer_headers(answer)
         length = answer.content_length
-        if answer.status < 400 and (length is None or length > _SMALL):
-            await self._pass_large(exchange, ticket, answer, length)
+        events = answer.content_type == "text/event-stream"
+        if answer.status < 400 and (events or length is None or length > _SMALL):
+            if events:
+                headers.append(_UNBUFFERED)
+            elif length is not None:
+                headers.append((b"content-length", str(length).encode()))
+            await self._pass_parts(exchange, ticket, answer, headers)
+            if events and ticket.first_s is not None:
+                self._metrics.first(ticket.line.name, ticket.first_s - ticket.entered_s)
             return
         try:
             body = await answer.read()
@@ -155,66 +155,30 @@ class Forward:
             headers.append((b"content-type", b"application/json"))
         await exchange.whole(answer.status, headers, body)
 
-    async def _pass_stream(
-        self, exchange: Exchange, ticket: Ticket, answer: aiohttp.ClientResponse
-    ) -> None:
-        """Events as they come. Its head waits for the first of them: until then an engine that
-        fails gives an honest status.
-        """
-        last = b""
-        try:
-            async for part in answer.content.iter_any():
-                if not last:
-                    self._first(ticket)
-                    await exchange.begin(answer.status, [*_answer_headers(answer), _UNBUFFERED])
-                await exchange.send(part)
-                last = part
-        except BROKEN as error:
-            failed = self._engines.failed(ticket.line.upstream, error)
-            if not last:
-                raise failed from None
-            logger.warning("request %s: %s", exchange.request_id, failed)
-            self._metrics.broke(ticket.line.name, "engine")
-            await exchange.break_off(failed, last)
-            return
-        if not last:
-            await exchange.begin(answer.status, _answer_headers(answer))
-        await exchange.end()
-
-    def _first(self, ticket: Ticket) -> None:
-        self._gate.first_token(ticket)
-        if ticket.first_s is not None:
-            self._metrics.first(ticket.line.name, ticket.first_s - ticket.entered_s)
-
-    async def _pass_large(
+    async def _pass_parts(
         self,
         exchange: Exchange,
         ticket: Ticket,
         answer: aiohttp.ClientResponse,
-        length: int | None,
+        headers: list[tuple[bytes, bytes]],
     ) -> None:
-        """An answer that is too large to be kept. If it breaks off, so does the connection: what
-        was sent then cannot be taken for the whole.
+        """Parts as they come. The head waits for the first of them: until then an engine that fails
+        gives an honest status.
         """
-        headers = _answer_headers(answer)
-        if length is not None:
-            headers.append((b"content-length", str(length).encode()))
-        begun = False
         try:
             async for part in answer.content.iter_any():
-                if not begun:
-                    begun = True
+                if not exchange.status:
                     self._gate.first_token(ticket)
                     await exchange.begin(answer.status, headers)
                 await exchange.send(part)
         except BROKEN as error:
             failed = self._engines.failed(ticket.line.upstream, error)
-            if not begun:
-                raise failed from None
-            logger.warning("request %s: %s", exchange.request_id, failed)
-            self._metrics.broke(ticket.line.name, "engine")
-            return  # the server closes the connection of an answer that is not complete
-        if not begun:
+            if exchange.status:
+                logger.warning("request %s: %s", exchange.request_id, failed)
+                self._metrics.broke(ticket.line.name, "engine")
+            await exchange.break_off(failed)
+            return
+        if not exchange.status:
             await exchange.begin(answer.status, headers)
         await exchange.end()
 

@@ -96,7 +96,7 @@ def description(version: str, models: Sequence[str] | None) -> dict[str, Any]:
             "parameters": [{"name": "model", "in": "path", "required": True, "schema": model}],
             "get": _look("One model.", "application/json", 401, 404),
         },
-        "/health": {"get": {**_look("Whether the service runs.", "application/json", 503)}},
+        "/health": {"get": {**_look("Whether the service runs.", "application/json")}},
         "/metrics": {"get": _look("Metrics for Prometheus.", "text/plain", 401, 403)},
         "/status": {"get": _look("All models and queues.", "application/json", 401, 403)},
     }
