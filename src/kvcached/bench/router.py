@@ -62,8 +62,7 @@ def run(
 ) -> dict[str, Any]:
     """Measures ``pairs`` turns of ``seconds`` each, and memory over ``requests`` more."""
     with _processes() as (direct, through, pid):
-        uvloop.install()
-        return asyncio.run(_run(shape, pairs, seconds, requests, progress, (direct, through), pid))
+        return uvloop.run(_run(shape, pairs, seconds, requests, progress, (direct, through), pid))
 
 
 async def _run(
