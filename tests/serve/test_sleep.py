@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,23 @@ def test_a_busy_model_leaves_its_place_after_its_turn(service: Any) -> None:
             assert all(await asyncio.gather(*askers))
 
     uvloop.run(run())
+
+
+def test_sglangs_sleep(service: Any, toy_sglang: Path) -> None:
+    model = {**sleepy("engine-1", PYTHONPATH=str(toy_sglang)), "engine": "sglang"}
+    made: Service = service({**model, "python": sys.executable})
+
+    async def run() -> None:
+        async with made.running() as supervisor:
+            a = supervisor.models["a"]
+            first = (await ask(a))["pid"]
+            await in_state(a, State.ASLEEP)
+            assert (await ask(a))["pid"] == first
+
+    uvloop.run(run())
+    calls = [line for line in made.record("a") if "/v1/" not in line]
+    assert calls[1:] == [
+        "POST /release_memory_occupation {}",
+        "POST /resume_memory_occupation {}",
+    ]
+    assert '"--enable-memory-saver"' in calls[0]
