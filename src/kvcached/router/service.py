@@ -25,8 +25,6 @@ from kvcached.router.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.05
-
 
 async def run(
     settings: ServeSettings,
@@ -56,10 +54,10 @@ async def run(
         with _told_to_end(server):
             try:
                 await supervisor.start()
-                ending = asyncio.create_task(_follow(server, supervisor, router))
+                fault = asyncio.create_task(_end_on_fault(server, supervisor))
                 announce(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
                 await server.serve([listener])
-                ending.cancel()
+                fault.cancel()
                 logger.info("no request is taken any more; the engines end")
             finally:
                 await supervisor.stop()
@@ -82,12 +80,10 @@ def _told_to_end(server: uvicorn.Server) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-async def _follow(server: uvicorn.Server, supervisor: Supervisor, router: Router) -> None:
-    """Ends the service where a keeper of a model has failed, and has the router know of its end."""
-    while not server.should_exit:
-        server.should_exit = supervisor.fault.is_set()
-        await asyncio.sleep(_LOOK_S)
-    router.drain()
+async def _end_on_fault(server: uvicorn.Server, supervisor: Supervisor) -> None:
+    """A keeper of a model that failed must not go on unseen."""
+    await supervisor.fault.wait()
+    server.should_exit = True
 
 
 def _listen(listen: ListenSettings) -> socket.socket:
