@@ -253,6 +253,8 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     ran = run(str(tmp_path / "no.yaml"), "--check")
     assert ran.returncode == 1 and ran.stderr.startswith("kvcached: ")
     assert len(ran.stderr.splitlines()) == 1
+    ran = run("--check")
+    assert ran.returncode == 2 and "name one" in ran.stderr
 
 
 def test_schema_is_the_published_one() -> None:

@@ -63,6 +63,8 @@ def serve(
     if schema:
         typer.echo(json.dumps(json_schema(), indent=2))
         return 0
+    if check and file is None:
+        raise typer.BadParameter("--check looks at a file: name one")
     settings, problems = _settings(file)
     if check and as_json:
         _print_check(settings, problems)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
+import time
 
 from kvcached.processes import session_processes, stopped_processes
 from kvcached.router.engine_command import HOST, EngineCommand
 from kvcached.router.guard import Guard
 from kvcached.router.logs import EngineLog
 
+logger = logging.getLogger(__name__)
+
 _LOOK_S = 0.05
+_KILL_LIMIT_S = 60.0
 _LAST_WORDS_S = 1.0
 
 
@@ -81,8 +86,15 @@ class EngineProcess:
         await self.kill()
 
     async def kill(self) -> None:
-        """Kills all of its processes; returns when none is left. May be called again."""
+        """Kills all of its processes; returns when none is left. May be called again.
+
+        What the kernel does not let go of (a driver that hangs) is left, and logged.
+        """
+        end_s = time.monotonic() + _KILL_LIMIT_S
         while pids := session_processes(self.pid):
+            if time.monotonic() > end_s:
+                logger.error("processes %s do not end though they were killed", pids)
+                return
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
