@@ -14,7 +14,7 @@ from kvcached.router.admission import Policy
 from kvcached.router.errors import ApiError
 from kvcached.router.fixed import FixedUpstream
 from kvcached.router.line import Line, Ticket
-from kvcached.router.queues import MIN_HOLD_S, Gate
+from kvcached.router.queues import BATCH_TOKENS, LEAST_TOKENS, MIN_HOLD_S, PATIENCE, Gate
 from kvcached.router.settings import QueueSettings, SloSettings
 from kvcached.router.upstream import State, UpstreamDown
 
@@ -57,7 +57,7 @@ class Crowd:
         self.tickets: dict[str, Ticket] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def comes(self, who: str, to: Line, tokens: int = 10) -> None:
+    async def comes(self, who: str, to: Line, tokens: int = 2000) -> None:
         ticket = self.tickets[who] = self.gate.enter(to, tokens)
         self.tasks[who] = asyncio.create_task(self._waits(who, ticket))
         await settle()
@@ -260,6 +260,28 @@ def test_where_memory_is_short_one_prompt_is_computed_after_the_other() -> None:
     run(test)
 
 
+def test_short_prompts_are_computed_together() -> None:
+    async def test() -> None:
+        a, b = line("a"), line("b")
+        with closed(Gate([a, b])) as crowd:
+            crowd.gate.follow(SHORT)
+            for number in range(BATCH_TOKENS // LEAST_TOKENS + 2):
+                await crowd.comes(str(number), (a, b)[number % 2], 10)
+            assert len(crowd.through) == BATCH_TOKENS // LEAST_TOKENS
+            await crowd.speaks("0")
+            assert len(crowd.through) == BATCH_TOKENS // LEAST_TOKENS + 1
+            await crowd.comes("long", a, 3 * BATCH_TOKENS)
+            for who in tuple(crowd.through):
+                await crowd.is_over(who)
+            assert crowd.through[-1] == "33"
+            await crowd.is_over("33")
+            assert crowd.through[-1] == "long"  # alone
+            await crowd.comes("last", b, 10)
+            assert crowd.through[-1] == "long"
+
+    run(test)
+
+
 def test_the_end_of_a_shortage_lets_everybody_through() -> None:
     async def test() -> None:
         a, b = line("a"), line("b", max_running=1)
@@ -285,7 +307,9 @@ def test_an_engine_that_hangs_holds_the_others_up_for_a_moment_only() -> None:
             await crowd.comes("a1", a)
             await crowd.comes("b1", b)
             assert crowd.through == ["a1"]
-            await asyncio.sleep(MIN_HOLD_S + 0.1)
+            await asyncio.sleep(MIN_HOLD_S)
+            assert crowd.through == ["a1"]
+            await asyncio.sleep(PATIENCE * a.estimate.seconds(2000) - MIN_HOLD_S + 0.1)
             assert crowd.through == ["a1", "b1"]
 
     run(test)

@@ -23,6 +23,11 @@ from kvcached.router.errors import ApiError, unavailable
 from kvcached.router.line import Line, Ticket
 from kvcached.router.upstream import State, UpstreamDown
 
+BATCH_TOKENS = 2048
+"""So many tokens of prompts are computed at once: what an engine does in a step by default. Longer
+prompts are let through alone,"""
+LEAST_TOKENS = 64
+"""and each counts as so many at least."""
 PATIENCE = 3.0
 """A first token holds up the others for at most so many times as long as was expected,"""
 MIN_HOLD_S, MAX_HOLD_S = 0.25, 10.0
@@ -47,7 +52,7 @@ class Gate:
         self._clock = clock or (lambda: asyncio.get_running_loop().time())
         self._arrivals = 0
         self._turns: dict[str, int] = {}  # admissions by device, while it was short
-        self._holds: dict[str, tuple[Ticket, asyncio.TimerHandle]] = {}
+        self._holds: dict[str, dict[Ticket, asyncio.TimerHandle]] = {}  # by device
         self._wakers: dict[str, asyncio.Task[None]] = {}
 
     def enter(self, line: Line, tokens: int, shows_first: bool = True) -> Ticket:
@@ -118,8 +123,9 @@ class Gate:
         """Ends what runs on its own; requests that wait are refused."""
         for waker in self._wakers.values():
             waker.cancel()
-        for _, timer in self._holds.values():
-            timer.cancel()
+        for timers in self._holds.values():
+            for timer in timers.values():
+                timer.cancel()
         self._holds.clear()
         for line in self.lines.values():
             self._refuse(line, UpstreamDown("the service ends"))
@@ -147,35 +153,39 @@ class Gate:
         return False
 
     def _pump_device(self, device: str) -> None:
-        while device not in self._holds:
+        while True:
             lines = [line for line in self.lines.values() if self.short.get(line.name) == device]
             tickets = {t.number: t for line in lines if self._open(line) for t in line.next_ones()}
             if not tickets:
                 return
             turn = self._turns.get(device, 0)
-            self._turns[device] = turn + 1
             jobs = [_job(ticket) for ticket in tickets.values()]
             chosen = tickets[self._policy(jobs, self._clock(), turn).number]
+            holding = self._holds.get(device)
+            if holding and sum(map(_batch, holding)) + _batch(chosen) > BATCH_TOKENS:
+                return
+            self._turns[device] = turn + 1
             self._hold(device, chosen)
             self._let_through(chosen)
 
     def _hold(self, device: str, ticket: Ticket) -> None:
-        """Nobody else is let through on this device until the ticket's first token."""
+        """Takes its part of what is computed at once on this device until its first token."""
         most_s = ticket.line.estimate.seconds(ticket.tokens)
         if ticket.shows_first:
             most_s = max(MIN_HOLD_S, PATIENCE * most_s)
         most_s = min(MAX_HOLD_S, most_s)
         timer = asyncio.get_running_loop().call_later(most_s, self._release, ticket)
         ticket.device = device
-        self._holds[device] = (ticket, timer)
+        self._holds.setdefault(device, {})[ticket] = timer
 
     def _release(self, ticket: Ticket) -> None:
         device = ticket.device
-        if device is None or self._holds.get(device, (None,))[0] is not ticket:
+        if device is None:
             return
-        _, timer = self._holds.pop(device)
-        timer.cancel()
-        self._pump_device(device)
+        timer = self._holds[device].pop(ticket, None)
+        if timer is not None:
+            timer.cancel()
+            self._pump_device(device)
 
     def _let_through(self, ticket: Ticket) -> None:
         del ticket.line.waiting[ticket.number]
@@ -199,6 +209,10 @@ class Gate:
         for ticket in tuple(line.waiting.values()):
             ticket.refuse(unavailable(line.name, down))
         line.waiting.clear()
+
+
+def _batch(ticket: Ticket) -> int:
+    return max(LEAST_TOKENS, ticket.tokens)
 
 
 def _job(ticket: Ticket) -> Job:
