@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 OLDEST_EVERY = 8
 """Of so many admissions one is the oldest request's."""
@@ -81,3 +82,7 @@ def deadlines(jobs: Sequence[Job], now_s: float, turn: int) -> Job:
         jobs = heapq.nsmallest(WINDOW, jobs, key=_number)
     on_time, late = by_deadline(jobs, now_s)
     return on_time[0] if on_time else late[0]
+
+
+POLICIES: Mapping[str, Policy] = MappingProxyType({"deadlines": deadlines, "fifo": fifo})
+"""By the names that settings give them."""

@@ -20,7 +20,6 @@ from starlette.routing import Route
 
 import kvcached
 from kvcached.router import admission, memory
-from kvcached.router.admission import Policy
 from kvcached.router.engines import Engines, Limits
 from kvcached.router.errors import ApiError, form, not_found
 from kvcached.router.exchange import Receive, Scope, Send
@@ -51,7 +50,6 @@ class Router:
         *,
         status: Status = _nothing,
         pressure: Pressure | None = None,
-        policy: Policy = admission.deadlines,
         limits: Limits | None = None,
     ) -> None:
         """``upstreams`` has one engine for each of the settings' models, in any order. ``status``
@@ -59,7 +57,7 @@ class Router:
         """
         by_name = {upstream.name: upstream for upstream in upstreams}
         lines = [Line(by_name[m.name], m.queue, m.slo) for m in settings.models]
-        self.gate = Gate(lines, policy)
+        self.gate = Gate(lines, admission.POLICIES[settings.scheduling])
         self.metrics = Metrics(self.gate)
         self._settings = settings
         self._names = {name: model.name for model in settings.models for name in model.names}

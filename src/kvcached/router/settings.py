@@ -225,6 +225,9 @@ class ServeSettings(_Settings):
     """Web pages whose scripts may use the service: their origins, or `*`."""
     drain_s: Seconds = 30.0
     """How long requests may go on after SIGTERM."""
+    scheduling: Literal["deadlines", "fifo"] = "deadlines"
+    """Which request goes first where memory is short. `deadlines`: as many first tokens as possible
+    are on time (the models' `slo`). `fifo`: the oldest one."""
     parallel_starts: int = Field(default=2, ge=1)
     """Engines that start or wake at once; others wait their turn."""
     max_awake: int | None = Field(default=None, ge=1)
