@@ -8,8 +8,6 @@ takes no further requests, finishes those that it has, and sleeps. Requests for 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
 from typing import Protocol
 
 _LOOK_S = 0.1
@@ -21,6 +19,9 @@ class Sitter(Protocol):
 
     def idle_s(self) -> float:
         """Seconds without a request; 0 while it has one."""
+
+    def awake_s(self) -> float:
+        """Seconds since it woke: its start is no part of its turn."""
 
     @property
     def movable(self) -> bool:
@@ -37,42 +38,42 @@ class Seats:
         """``turn_s``: how long a busy model sits before others may have its place."""
         self._number = number
         self._turn_s = turn_s
-        self._since_s: dict[Sitter, float] = {}
+        self._sitters: list[Sitter] = []
         self._line: list[Sitter] = []
         self._asked: set[Sitter] = set()
 
     async def take(self, who: Sitter) -> None:
         """Returns when ``who`` has a seat; first come, first served."""
         self._asked.discard(who)
-        if who in self._since_s:  # it was to leave, and could not
+        if who in self._sitters:  # it was to leave, and could not
             return
         self._line.append(who)
         try:
             while self._number is not None:
-                if self._line[0] is who and len(self._since_s) < self._number:
+                if self._line[0] is who and len(self._sitters) < self._number:
                     break
                 if self._line[0] is who and not self._asked:
                     self._ask_one()
                 await asyncio.sleep(_LOOK_S)
-            self._since_s[who] = time.monotonic()
+            self._sitters.append(who)
         finally:
             self._line.remove(who)
 
     def leave(self, who: Sitter) -> None:
         """Gives a seat up; harmless without one."""
-        self._since_s.pop(who, None)
+        if who in self._sitters:
+            self._sitters.remove(who)
         self._asked.discard(who)
 
     def _ask_one(self) -> None:
-        movable = [sitter for sitter in self._since_s if sitter.movable]
+        movable = [sitter for sitter in self._sitters if sitter.movable]
         idle = [sitter for sitter in movable if sitter.idle_s() >= _IDLE_S]
-        now_s = time.monotonic()
-        done = [sitter for sitter in movable if now_s - self._since_s[sitter] >= self._turn_s]
-        with contextlib.suppress(ValueError):  # nobody can be asked yet
-            chosen = (
-                max(idle, key=lambda sitter: sitter.idle_s())
-                if idle
-                else min(done, key=lambda sitter: self._since_s[sitter])
-            )
-            self._asked.add(chosen)
-            chosen.ask_to_sleep()
+        done = [sitter for sitter in movable if sitter.awake_s() >= self._turn_s]
+        if idle:
+            chosen = max(idle, key=lambda sitter: sitter.idle_s())
+        elif done:
+            chosen = max(done, key=lambda sitter: sitter.awake_s())
+        else:
+            return
+        self._asked.add(chosen)
+        chosen.ask_to_sleep()

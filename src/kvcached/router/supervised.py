@@ -146,6 +146,9 @@ class Supervised:
     def idle_s(self) -> float:
         return self._demand.idle_s()
 
+    def awake_s(self) -> float:
+        return time.monotonic() - self._state_since_s if self._state is State.READY else 0.0
+
     @property
     def movable(self) -> bool:
         can_leave = not self.model.sleep.keep_alive and self._how != "kv"
