@@ -66,7 +66,9 @@ def test_the_engines_sleep_modes_are_switched_on_where_they_are_used() -> None:
 
 def test_an_account_gets_the_very_bytes() -> None:
     model = {"name": "a", "guarantee": "1.25GiB", "limit": "33.3%", "weight": 2.5}
-    made = command(model, memory={"device": "host:x", "capacity": "3GiB", "directory": "/run/ledgers"})
+    made = command(
+        model, memory={"device": "host:x", "capacity": "3GiB", "directory": "/run/ledgers"}
+    )
     config = Config.from_env(made.environment)
     assert config.guarantee.size_bytes == 1342177280 and config.limit is not None
     assert config.limit.percent == 33.3 and config.weight == 2.5 and config.name == "a"
