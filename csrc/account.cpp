@@ -166,13 +166,13 @@ StandingsView AccountHandle::standings() const {
     charges::Sums sums = charges::sums(account);
     StandingView each{charges::floor(account),
                       charges::limit(account),
-                      account.settings.weight.load(),
+                      charges::weight(account),
                       sums.charge,
-                      charges::load(numbers.in_use),
-                      charges::load(numbers.cached),
-                      charges::load(numbers.warm),
-                      charges::load(numbers.demand),
-                      charges::load(account.geometry.page_bytes),
+                      charges::bytes(numbers.in_use),
+                      charges::bytes(numbers.cached),
+                      charges::bytes(numbers.warm),
+                      charges::bytes(numbers.demand),
+                      charges::bytes(account.geometry.page_bytes),
                       charges::used(numbers.working)};
     if (charges::used(numbers.claimed)) {
       // What members wait for is leased already: the device has so much less than it should.
@@ -338,12 +338,13 @@ Grant MemberHandle::set_aside(int64_t size_bytes) {
   if (!usable()) return Grant::kUnusable;
   if (!guard) return Grant::kBusy;
   if (!segment_->check_usable(true)) return Grant::kUnusable;
+  size_bytes = std::min(size_bytes, charges::kMostBytes);
   int64_t before = charges::load(member().set_aside);
   bool had = size_bytes <= before && charges::load(member().demand) == 0;
   if (!had) {
     // On top of what is there and of what others, who have theirs, have not taken yet.
     int64_t theirs = charges::set_aside(segment_->shared(), &member(), true);
-    member().beside.store(charges::load(segment_->header().outside.foreign) + theirs);
+    member().beside.store(charges::bytes(segment_->header().outside.foreign) + theirs);
   }
   member().set_aside.store(size_bytes);
   int64_t room = charges::room_beside(segment_->shared(), index_, member_);

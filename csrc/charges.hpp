@@ -2,6 +2,10 @@
 //
 // Exact under the lock, but for releases, which may happen at any moment. The order of the loads
 // makes every mistake one to the safe side: too much charged, never too little.
+//
+// The file may hold anything: its owner, or a program of his that has gone astray, may have written
+// to it. So no sum of what is read can overflow: a size is taken for none below zero, and for
+// kMostBytes above that. Counters that only grow may wrap; what counts is their difference.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +24,21 @@ inline int64_t load(const layout::I64& value) {
   return value.load(std::memory_order_acquire);
 }
 
+// More than any device has; all that a ledger can name of it still adds up.
+constexpr int64_t kMostBytes = int64_t{1} << 50;
+
+constexpr double kMostWeight = 1e6;
+
+inline int64_t bytes(const layout::I64& value) {
+  return std::clamp<int64_t>(load(value), 0, kMostBytes);
+}
+
+// How far one counter is ahead of another.
+inline int64_t ahead(int64_t counter, int64_t of) {
+  const auto difference = static_cast<uint64_t>(counter) - static_cast<uint64_t>(of);
+  return std::clamp<int64_t>(static_cast<int64_t>(difference), 0, kMostBytes);
+}
+
 inline bool used(const layout::U32& state) {
   return state.load(std::memory_order_acquire) != 0;
 }
@@ -27,7 +46,7 @@ inline bool used(const layout::U32& state) {
 // Bytes that a member holds.
 inline int64_t held(const Member& member) {
   int64_t released = load(member.released);  // before `created`: the difference errs upwards
-  return std::max<int64_t>(0, load(member.created) - released);
+  return ahead(load(member.created), released);
 }
 
 inline uint32_t member_rows(const Account& account) {
@@ -50,18 +69,19 @@ struct Sums {
 // Member rows that are free have released all that they ever created, so they need no exception.
 inline Sums sums(const Account& account) {
   Sums result;
-  int64_t released = 0;
+  uint64_t created_ever = 0, released_ever = 0;
   for (uint32_t i = 0, n = member_rows(account); i < n; ++i) {
     const Member& member = account.members[i];
     int64_t freed = load(member.released);
     int64_t created = load(member.created);
-    released += freed;
-    result.created += created;
-    result.demand += load(member.demand);
-    result.held += std::max<int64_t>(0, created - freed);
+    released_ever += static_cast<uint64_t>(freed);
+    created_ever += static_cast<uint64_t>(created);
+    result.demand += bytes(member.demand);
+    result.held += ahead(created, freed);
   }
+  result.created = static_cast<int64_t>(created_ever);
   if (used(account.scheduler.claimed)) {
-    result.leased = std::max<int64_t>(0, load(account.scheduler.leased) - released);
+    result.leased = ahead(load(account.scheduler.leased), static_cast<int64_t>(released_ever));
   }
   result.charge = std::max(result.leased, result.held);
   return result;
@@ -73,31 +93,37 @@ inline int64_t charge(const Account& account) {
 
 // What the account is sure of: its guarantee, and its pinned page in any case.
 inline int64_t floor(const Account& account) {
-  return std::max(load(account.settings.guarantee), load(account.name.pinned));
+  return std::max(bytes(account.settings.guarantee), bytes(account.name.pinned));
 }
 
 // The pinned page exists whatever the limit says.
 inline int64_t limit(const Account& account) {
-  return std::max(load(account.settings.limit), load(account.name.pinned));
+  return std::max(bytes(account.settings.limit), bytes(account.name.pinned));
+}
+
+// A weight that nobody could have set counts as the usual one.
+inline double weight(const Account& account) {
+  const double found = account.settings.weight.load();
+  return found > 0 && found <= kMostWeight ? found : 1.0;
 }
 
 // What leases may use of the device, going by the settings alone: what guarantees are held against.
 inline int64_t lendable(const Header& header) {
-  return load(header.settings.capacity) - load(header.settings.headroom);
+  return bytes(header.settings.capacity) - bytes(header.settings.headroom);
 }
 
 // The same, less what is in use on the device and is nobody's pages.
 inline int64_t left_by_others(const Header& header) {
-  return lendable(header) - load(header.outside.foreign);
+  return lendable(header) - bytes(header.outside.foreign);
 }
 
 // What of the memory that a member has set aside is not taken yet. What is taken is foreign memory
 // and is measured as such: by so much as that has grown since, less is still to come. So nothing is
 // counted twice at any moment, whoever measures when.
 inline int64_t to_come(const Header& header, const Member& member) {
-  int64_t size = load(member.set_aside);
-  int64_t left = load(member.beside) + size - load(header.outside.foreign);
-  return std::clamp<int64_t>(left, 0, std::max<int64_t>(0, size));
+  int64_t size = bytes(member.set_aside);
+  int64_t left = bytes(member.beside) + size - bytes(header.outside.foreign);
+  return std::clamp<int64_t>(left, 0, size);
 }
 
 // Bytes that will be allocated beside pages: leases leave them alone. `except` is one member that
@@ -122,7 +148,7 @@ inline int64_t set_aside_demand(const Account& account) {
   int64_t result = 0;
   for (uint32_t i = 0, n = member_rows(account); i < n; ++i) {
     const Member& member = account.members[i];
-    if (load(member.set_aside) > 0) result += load(member.demand);
+    if (load(member.set_aside) > 0) result += bytes(member.demand);
   }
   return result;
 }
@@ -150,7 +176,7 @@ inline Others others(const Shared& shared, uint32_t except) {
     result.charge += own.charge;
     result.floor += sure;
     result.claim += std::max(own.charge, sure);
-    result.demand += own.demand + load(account.scheduler.demand);
+    result.demand += own.demand + bytes(account.scheduler.demand);
   }
   return result;
 }
@@ -180,7 +206,7 @@ inline Room room(const Shared& shared, uint32_t index) {
 // Bytes that operators asked the account for, and that its owner has not answered.
 inline int64_t asked(const Account& account) {
   int64_t answered = load(account.scheduler.answered);  // first: the difference errs upwards
-  return std::max<int64_t>(0, load(account.settings.asked) - answered);
+  return ahead(load(account.settings.asked), answered);
 }
 
 // Whether the account may have to give something back: others wait for memory, an operator asked

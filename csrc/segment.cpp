@@ -105,11 +105,11 @@ void Segment::close() {
 }
 
 int64_t Segment::capacity() const {
-  return liveness_.inherited() ? 0 : charges::load(header().settings.capacity);
+  return liveness_.inherited() ? 0 : charges::bytes(header().settings.capacity);
 }
 
 int64_t Segment::headroom() const {
-  return liveness_.inherited() ? 0 : charges::load(header().settings.headroom);
+  return liveness_.inherited() ? 0 : charges::bytes(header().settings.headroom);
 }
 
 Status Segment::check_usable(bool writing) const {
@@ -153,7 +153,7 @@ Status Segment::configure(const std::string& key, Setting setting, int64_t size_
   if (limits) {
     row.limit.store(limit);
   } else {
-    int64_t floor = std::max(guarantee, charges::load(account(index).name.pinned));
+    int64_t floor = std::max(guarantee, charges::bytes(account(index).name.pinned));
     Status status = check_floors(Code::kInvalidArgument, index, floor, charges::lendable(header()));
     if (!status) return status;
     row.guarantee.store(guarantee);
@@ -170,7 +170,7 @@ Status Segment::set_weight(const std::string& key, double weight) {
   if (!guard) return busy();
   uint32_t index = 0;
   if (Status status = find(key, &index); !status) return status;
-  if (!(weight > 0 && weight <= 1e6)) {
+  if (!(weight > 0 && weight <= charges::kMostWeight)) {
     return {Code::kInvalidArgument,
             key + ": weight " + std::to_string(weight) + ": expected more than 0, at most 1e6"};
   }
@@ -201,7 +201,7 @@ Status Segment::set_capacity(int64_t capacity_bytes, int64_t headroom_bytes) {
   if (!guard) return busy();
   if (capacity_bytes < 0) capacity_bytes = capacity();
   if (headroom_bytes < 0) headroom_bytes = headroom();
-  if (headroom_bytes >= capacity_bytes) {
+  if (headroom_bytes >= capacity_bytes || capacity_bytes > charges::kMostBytes) {
     return {Code::kInvalidArgument, path_ + ": capacity " + std::to_string(capacity_bytes) +
                                         " bytes with headroom " + std::to_string(headroom_bytes) +
                                         " bytes leaves nothing to lease"};
@@ -229,7 +229,7 @@ Status Segment::set_foreign(int64_t size_bytes) {
 int64_t Segment::foreign_age_ms() const {
   int64_t measured = usable() ? charges::load(header().outside.measured_ms) : 0;
   // A clock that is behind the measurer's (another time namespace) says nothing.
-  return measured == 0 ? -1 : std::max<int64_t>(-1, now_ms() - measured);
+  return measured <= 0 || measured > now_ms() ? -1 : now_ms() - measured;
 }
 
 int64_t Segment::created() const {

@@ -11,6 +11,8 @@
 #include <cstring>
 #include <memory>
 
+#include "charges.hpp"
+
 namespace kvcached {
 
 namespace {
@@ -157,6 +159,7 @@ Status check_request(const OpenRequest& request) {
                                         std::to_string(layout::kDeviceSize - 1) + " bytes"};
   }
   if (request.capacity_bytes == 0 || request.headroom_bytes < 0 ||
+      request.capacity_bytes > charges::kMostBytes ||
       (request.capacity_bytes > 0 && request.headroom_bytes >= request.capacity_bytes)) {
     return {Code::kInvalidArgument,
             "capacity " + std::to_string(request.capacity_bytes) + " bytes with headroom " +

@@ -90,16 +90,17 @@ Status Segment::find(const std::string& key, uint32_t* index) const {
 }
 
 Status Segment::check_floors(Code code, uint32_t index, int64_t floor, int64_t lendable) const {
-  int64_t sum = charges::others(shared(), index).floor + floor;
-  if (floor >= 0 && sum <= lendable) return Status::ok();
+  int64_t rest = charges::others(shared(), index).floor;
+  if (floor >= 0 && floor <= lendable - rest) return Status::ok();
+  int64_t sum = rest + std::min(floor, charges::kMostBytes);
   return {code, path_ + ": guarantees and pinned pages would add up to " + std::to_string(sum) +
                     " bytes, and " + std::to_string(lendable) + " bytes can be lent"};
 }
 
 Status Segment::raise_pinned(uint32_t index, int64_t pinned_bytes) {
   Account& row = account(index);
-  if (pinned_bytes <= charges::load(row.name.pinned)) return Status::ok();
-  int64_t floor = std::max(charges::load(row.settings.guarantee), pinned_bytes);
+  if (pinned_bytes <= charges::bytes(row.name.pinned)) return Status::ok();
+  int64_t floor = std::max(charges::bytes(row.settings.guarantee), pinned_bytes);
   Status status = check_floors(Code::kLedger, index, floor, charges::lendable(header()));
   if (status) row.name.pinned.store(pinned_bytes);
   return status;

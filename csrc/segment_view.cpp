@@ -25,14 +25,14 @@ AccountView Segment::view_account(uint32_t index) const {
   view.guarantee = charges::load(row.settings.guarantee);
   view.limit = charges::load(row.settings.limit);
   view.pinned = charges::load(row.name.pinned);
-  view.weight = row.settings.weight.load();
+  view.weight = charges::weight(row);
   view.leased = sums.leased;
   view.created = sums.held;
   view.charge = sums.charge;
   view.in_use = charges::load(row.scheduler.in_use);
   view.cached = charges::load(row.scheduler.cached);
   view.warm = charges::load(row.scheduler.warm);
-  view.demand = charges::load(row.scheduler.demand);
+  view.demand = charges::bytes(row.scheduler.demand);
   view.granted = charges::load(row.counters.granted);
   view.refused = charges::load(row.counters.refused);
   view.reclaims = charges::load(row.geometry.reclaims);
@@ -56,7 +56,7 @@ AccountView Segment::view_account(uint32_t index) const {
   for (uint32_t i = 0, n = charges::member_rows(row); i < n; ++i) {
     const layout::Member& member = row.members[i];
     if (!charges::used(member.state)) continue;
-    int64_t demand = charges::load(member.demand);
+    int64_t demand = charges::bytes(member.demand);
     view.demand += demand;
     view.members.push_back({i, member.pid.load(), false, charges::held(member), demand,
                             charges::load(member.set_aside), charges::to_come(header(), member),
