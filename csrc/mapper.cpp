@@ -132,6 +132,7 @@ Status Mapper::need(const Pages& pages) {
   status = check_commands({}, {}, pages);
   if (!status.is_ok()) return status;
   for (const int64_t page : pages) want(page, Want::kNeeded);
+  settle_books();  // a page that is still there was held already
   poke();
   return status;
 }

@@ -163,6 +163,21 @@ def test_a_page_wanted_again_is_kept_with_its_contents(one: Instance) -> None:
     assert one.read(2) == b"\x22" * one.device.chunk
 
 
+def test_a_pinned_page_that_is_still_there_is_not_booked_twice(one: Instance) -> None:
+    """Who has no scheduler pins what it needs: for a page on its way out, once too often."""
+    one.submit(needed=[1])
+    one.wait([1])
+    one.device.backend.hold_fences()
+    one.submit(unmap=[1])
+    assert one.member.pin(one.page)
+    one.mapper.need([1])
+    one.wanted.add(1)
+    one.wait([1])
+    assert one.member.held() == one.arena.created_bytes() == 2 * one.page
+    one.device.backend.pass_fences()
+    one.settled()
+
+
 def test_a_kept_page_needs_a_fence_of_its_own_the_next_time(one: Instance) -> None:
     one.submit(needed=[1])
     one.wait([1])
