@@ -4,10 +4,14 @@ PYTHON := .venv/bin/python
 BOOTSTRAP ?= python3
 SGLANG_NEWEST := 0.5.23
 SGLANG_VERSIONS ?= 0.4.6.post2 0.4.9 0.5.10 0.5.15 $(SGLANG_NEWEST)
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
+CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.hpp')
+SECONDS ?= 600
+SEED ?= 1
+BACKEND ?= host
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test test-sglang lint bench matrix matrix-sglang chaos soak programs clean
+.PHONY: help env build demo test test-sglang lint bench matrix matrix-sglang chaos soak soak-tests \
+    sanitize fuzz mutants long-run programs programs-clang clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,13 +67,39 @@ chaos: build  ## every kill and stop of every process, ten times each (long)
 	@echo "== chaos: kills and stops"
 	@$(PYTHON) -m pytest -m "slow" tests/engines $(TEST_ARGS)
 
-soak: build  ## many seeds of the simulation (long)
-	@echo "== soak: seeded simulation"
+soak:  ## the simulation, seed after seed, for SECONDS=600; SEED=1, BACKEND=host (or cuda)
+	@echo "== soak: $(SECONDS) s of simulation, backend $(BACKEND), from seed $(SEED)"
+	@$$($(BOOTSTRAP) tools/native.py plain simulate) --backend $(BACKEND) --seed $(SEED) \
+	    --seconds $(SECONDS)
+
+soak-tests: build  ## all seeds of tests/sim, and a kill after every store (long)
+	@echo "== soak: kills and policies"
 	@$(PYTHON) -m pytest -m "slow" tests/sim $(TEST_ARGS)
+
+sanitize:  ## the core's threads and the simulation under ASan+UBSan and TSan, SECONDS=600 in all
+	@echo "== sanitize: ASan, UBSan, TSan"
+	@each=$$(($(SECONDS) / 3)); set -e; \
+	    $$($(BOOTSTRAP) tools/native.py asan stress) $$each $(SEED); \
+	    $$($(BOOTSTRAP) tools/native.py tsan stress) $$each $(SEED); \
+	    $$($(BOOTSTRAP) tools/native.py asan simulate) --seed $(SEED) --seconds $$each
+
+fuzz:  ## the ledger's reader on tampered files, SECONDS=600; with libFuzzer where there is clang
+	@$(BOOTSTRAP) tools/fuzz.py --seconds $(SECONDS) --seed $(SEED)
+
+mutants:  ## plant bugs into copies of the core, one by one: the simulation must find each
+	@$(BOOTSTRAP) tools/mutants.py $(MUTANTS)
+
+long-run: build  ## two real engines under load, kills, limits and reclaims for SECONDS=600
+	@echo "== long-run: $(SECONDS) s of two engines"
+	@$(PYTHON) tests/engines/long_run.py --seconds $(SECONDS) --seed $(SEED)
 
 programs:  ## bring prometheus and chromium for the exporter's tests (Debian, Ubuntu)
 	@echo "== programs: build/debian/ with prometheus and chromium"
 	@$(BOOTSTRAP) tools/operator_programs.py
+
+programs-clang:  ## bring clang with libFuzzer for make fuzz (Debian, Ubuntu)
+	@echo "== programs: build/debian/ with clang"
+	@$(BOOTSTRAP) tools/operator_programs.py clang
 
 clean:  ## remove .venv*/, build/ and compiled files
 	@echo "== clean: .venv*/, build/ and compiled files"

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Brings Debian's prometheus and chromium into build/debian/, for the tests of the exporter.
 
+    python3 tools/operator_programs.py           those two
+    python3 tools/operator_programs.py clang     clang with libFuzzer, for make fuzz
+
 Nothing is installed and no root is needed: packages that this machine lacks are downloaded with apt
 and unpacked. Where the programs are installed already, the tests find them without this.
 """
@@ -14,7 +17,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "build" / "debian"
-PROGRAMS = {"prometheus": "usr/bin/prometheus", "chromium": "usr/lib/chromium/chromium"}
+PROGRAMS = {
+    "prometheus": "usr/bin/prometheus",
+    "chromium": "usr/lib/chromium/chromium",
+    "clang": "usr/lib/llvm-19/bin/clang++",
+}
+# What is brought where not all that apt would install is needed.
+PACKAGES = {
+    "prometheus": ("prometheus",),  # its package names a web console's files too
+    "clang": ("clang-19", "libclang1-19", "libclang-common-19-dev", "libclang-cpp19",
+              "libclang-rt-19-dev", "libllvm19"),
+}  # fmt: skip
 
 
 def missing_packages(program: str) -> list[str]:
@@ -25,12 +38,10 @@ def missing_packages(program: str) -> list[str]:
 
 
 def bring(program: str) -> None:
-    if (TARGET / PROGRAMS[program]).exists() or shutil.which(program):
+    if (TARGET / PROGRAMS[program]).exists() or shutil.which(Path(PROGRAMS[program]).name):
         print(f"{program}: there")
         return
-    packages = missing_packages(program)
-    # Prometheus needs nothing but itself to run; its package names a web console's files too.
-    packages = [program] if program == "prometheus" else packages
+    packages = PACKAGES.get(program) or missing_packages(program)
     folder = TARGET / "packages"
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["apt-get", "download", *packages], check=True, cwd=folder)
@@ -43,10 +54,10 @@ def bring(program: str) -> None:
 def main() -> int:
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
         print("this needs apt-get and dpkg (Debian, Ubuntu); elsewhere install "
-              "prometheus and chromium", file=sys.stderr)  # fmt: skip
+              "prometheus, chromium and clang", file=sys.stderr)  # fmt: skip
         return 1
     try:
-        for program in PROGRAMS:
+        for program in sys.argv[1:] or ["prometheus", "chromium"]:
             bring(program)
     except subprocess.CalledProcessError as error:
         print(f"{error}\nrun: apt-get update", file=sys.stderr)
