@@ -336,7 +336,7 @@ class Pair:
         self.capacity = capacity
         # vLLM wants room for its longest request at start; what really fits is the ledger's affair.
         changes = switched_on(folder, capacity, KVCACHED_VIRTUAL=str(64 * MIB), **more)
-        self._place = (folder / "ledger", changes["KVCACHED_DEVICE"])
+        self.place = (folder / "ledger", changes["KVCACHED_DEVICE"])
         self.a, self.b = (Server(name, model, folder, changes) for name in ("a", "b"))
         self._ledger: Ledger | None = None
 
@@ -355,7 +355,7 @@ class Pair:
     @property
     def ledger(self) -> Ledger:
         if self._ledger is None:
-            self._ledger = Ledger.open(*self._place, create=False)
+            self._ledger = Ledger.open(*self.place, create=False)
         return self._ledger
 
     def account(self, server: Server) -> AccountSnapshot:
