@@ -23,8 +23,9 @@ void may_be_refused(const Status& status, const char* what) {
 
 }  // namespace
 
+// The dice of two seeds must not be one sequence at two places: so they start at a mixed one.
 World::World(uint64_t seed, Options options)
-    : seed_(seed), options_(std::move(options)), dice_(seed * 0x9e3779b97f4a7c15u + 1) {
+    : seed_(seed), options_(std::move(options)), dice_(Dice(seed).next()) {
   folder_ = make_folder("sim");
   if (options_.backend == "cuda") unit_ = 2 << 20;
   const int64_t capacity = dice_.between(40, 160) * unit_;
