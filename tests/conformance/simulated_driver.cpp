@@ -252,6 +252,11 @@ int cuMemsetD8_v2(uint64_t address, unsigned char value, size_t size) {
   return has_context() ? 0 : kInvalidContext;
 }
 
+int cuMemcpyHtoD_v2(uint64_t address, const void* from, size_t size) {
+  memcpy(reinterpret_cast<void*>(address), from, size);
+  return has_context() ? 0 : kInvalidContext;
+}
+
 int cuMemcpyDtoH_v2(void* to, uint64_t address, size_t size) {
   memcpy(to, reinterpret_cast<void*>(address), size);
   return has_context() ? 0 : kInvalidContext;

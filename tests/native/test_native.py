@@ -20,9 +20,12 @@ CORPUS = Path(__file__).parent / "corpus" / "ledger"
 Build = Callable[[str, str], Path]
 
 
-def run(folder: Path, program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, program: Path, *arguments: str, **more: str
+) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
+        **more,
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
     }
@@ -69,6 +72,20 @@ def test_a_sample_of_the_simulation(build: Build, tmp_path: Path) -> None:
     for event in ("killed_at_a_call", "killed_between_steps", "calls_refused", "leases_refused",
                   "locks_stolen", "left", "storms", "rows_reaped"):  # fmt: skip
         assert said[event] > 0, event
+
+
+def test_the_simulation_runs_on_the_cuda_backend(build: Build, tmp_path: Path) -> None:
+    """With the simulated driver; on a GPU it is ``make soak BACKEND=cuda``."""
+    source = Path(__file__).parents[1] / "conformance" / "simulated_driver.cpp"
+    library = tmp_path / "libcuda.so.1"
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, "-std=c++17", "-shared", "-fPIC", "-o", str(library), str(source)]
+    program = build("asan", "simulate")
+    subprocess.run(command, check=True)
+    arguments = ["--backend", "cuda", "--seeds", "4", "--steps", "2000"]
+    said = json.loads(passed(run(tmp_path, program, *arguments, LD_LIBRARY_PATH=str(tmp_path))))
+    assert said["backend"] == "cuda" and said["steps"] >= 8000
+    assert said["killed_at_a_call"] > 0 and said["calls_refused"] > 0
 
 
 def test_a_seed_repeats_exactly(build: Build, tmp_path: Path) -> None:
