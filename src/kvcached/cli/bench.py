@@ -14,7 +14,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kvcached.cli import bench_router, bench_serve, bench_sharing
+from kvcached.cli import (
+    bench_router,
+    bench_serve,
+    bench_sharing,
+    bench_simulated,
+    bench_sizes,
+)
 from kvcached.units import format_size, parse_size
 
 app = typer.Typer(
@@ -24,6 +30,8 @@ app = typer.Typer(
 bench_sharing.register(app)
 bench_router.register(app)
 bench_serve.register(app)
+bench_simulated.register(app)
+bench_sizes.register(app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout; progress to stderr.")]
 

@@ -1,0 +1,59 @@
+"""What a simulated GPU can do and what a model asks of it; for ``kvcached bench simulate``.
+
+A step of an engine takes as long as its bottlenecks: it reads the weights or, with a prompt in it,
+computes for longer than that; and it reads the KV cache of what it decodes. The constants are those
+of an H100 on which vLLM ran an 8B model (docs/performance.md): a step of 48 short contexts took
+8.1 ms, one of 200 long ones 20.9 ms, and 31,000 tokens of prompts were computed a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvcached.units import GIB, KIB
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One GPU. Bandwidth in bytes, compute in floating-point operations a second."""
+
+    memory_bytes: int = 79 * GIB
+    bandwidth: float = 2.7e12
+    compute: float = 500e12
+    step_overhead_s: float = 0.0006
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One model: its parameters (16 bits each) and the KV cache of a token."""
+
+    name: str
+    parameters: float
+    token_bytes: int
+    page_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        return round(2 * self.parameters)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What an engine holds beside its KV cache: weights, context, graphs, activations."""
+        return self.weight_bytes + round(2.3 * GIB)
+
+    def step_s(self, device: Device, context_tokens: int, prompt_tokens: int) -> float:
+        """How long a step takes that decodes over so much context and computes such prompts."""
+        compute = 2 * self.parameters * prompt_tokens / device.compute
+        weights = self.weight_bytes / device.bandwidth
+        context = context_tokens * self.token_bytes / device.bandwidth
+        return device.step_overhead_s + max(weights, compute) + context
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("1b", 1.24e9, 32 * KIB, 16 << 20),
+        Shape("3b", 3.21e9, 112 * KIB, 28 << 20),
+        Shape("8b", 8.03e9, 128 * KIB, 32 << 20),
+    )
+}
