@@ -33,6 +33,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+CONTEXTS = ("short", "long")
+
+
 def jobs(
     model: str,
     ledger: str,
@@ -40,6 +43,7 @@ def jobs(
     kinds: Sequence[str],
     rounds: int,
     work: tuple[str, ...],
+    prefix_caching: bool = False,
 ) -> list[Job]:
     def job(kind: str, number: int) -> Job:
         return Job(
@@ -52,6 +56,7 @@ def jobs(
             kv_bytes=None,
             utilization=0.9,
             sharpen=False,
+            prefix_caching=prefix_caching,
             **KINDS[kind],
         )
 
@@ -79,11 +84,22 @@ def summary(
     plain = found.get("plain", {})
     for one in found.values() if plain else ():
         one["speed_of_plain"] = one["median_tokens_per_s"] / plain["median_tokens_per_s"]
+        one["pairs_of_plain"] = paired(one["tokens_per_s"], plain["tokens_per_s"])
+        for name in CONTEXTS:
+            key = f"{name}_tokens_per_s"
+            if key in plain:
+                one[f"{name}_of_plain"] = paired(one[key], plain[key])
         if "paced_tpot_p99_ms" in plain:
             one["paced_tpot_p99_of_plain"] = statistics.median(
                 one["paced_tpot_p99_ms"]
             ) / statistics.median(plain["paced_tpot_p99_ms"])
     return {"runner": runner, "kinds": found}
+
+
+def paired(ours: Sequence[float], plain: Sequence[float]) -> dict[str, float]:
+    """The median of the rounds' ratios, and their spread; runs are in the order of the rounds."""
+    ratios = [a / b for a, b in zip(ours, plain, strict=False)]
+    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
 def _figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -100,6 +116,10 @@ def _figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "used_end_gib": statistics.median(run["used_end_bytes"] for run in runs) / GIB,
         "preemptions": [run["preemptions"] for run in runs],
     }
+    for name in CONTEXTS:
+        if all(name in run["work"] for run in runs):
+            speeds = [run["work"][name]["output_tokens_per_s"] for run in runs]
+            told[f"{name}_tokens_per_s"] = [round(speed, 1) for speed in speeds]
     if paced:
         told |= {
             f"paced_{key}_ms": [1e3 * work[f"{key}_s"] for work in paced]
@@ -124,6 +144,13 @@ def table(summaries: list[dict[str, Any]]) -> str:
                 f"{row['tpot_p99_ms']:5.2f} ms {row['ttft_p99_s']:6.2f} s "
                 f"{row['used_idle_gib']:8.1f} {row['used_end_gib']:6.1f}"
             )
+            for name in ("pairs", *CONTEXTS):
+                if f"{name}_of_plain" in row:
+                    ratio = row[f"{name}_of_plain"]
+                    lines.append(
+                        f"   {name}: {ratio['median']:.4f} of plain's tokens/s "
+                        f"({ratio['least']:.4f} to {ratio['most']:.4f})"
+                    )
             if "paced_tpot_p99_ms" in row:
                 times = ", ".join(f"{ms:.2f}" for ms in row["paced_tpot_p99_ms"])
                 lines.append(
@@ -141,6 +168,8 @@ def main() -> int:
     parser.add_argument("--kinds", default="plain,kvcached", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--pairs", type=int, default=2, help="rounds of all kinds")
     parser.add_argument("--paced", default="", help="runners that also get paced requests")
+    parser.add_argument("--contexts", default="", help="more work: short, long")
+    parser.add_argument("--prefix-caching", action="store_true", help="in all engines")
     parser.add_argument("--limit", type=float, default=420.0, help="seconds in all")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -151,9 +180,12 @@ def main() -> int:
     summaries = []
     for runner in options.runners.split(","):
         paced = ("paced",) if runner in options.paced.split(",") else ()
-        work = ("throughput", *paced)
+        contexts = tuple(name for name in CONTEXTS if name in options.contexts.split(","))
+        work = ("throughput", *contexts, *paced)
         kinds = options.kinds.split(",")
-        chosen = jobs(model, str(out / "ledger"), runner, kinds, options.pairs, work)
+        chosen = jobs(
+            model, str(out / "ledger"), runner, kinds, options.pairs, work, options.prefix_caching
+        )
         engines.run_all(chosen, 1)
         summaries.append(summary(engines.results, runner, kinds))
     (out / "throughput.json").write_text(json.dumps(summaries, indent=1))

@@ -181,11 +181,28 @@ def prefix(llm: Any, damage: Damage | None) -> dict[str, Any]:
     }
 
 
-def throughput(llm: Any, damage: Damage | None, *, requests: int = 200) -> dict[str, Any]:
+def throughput(llm: Any, damage: Damage | None) -> dict[str, Any]:
     """200 requests at once, 1024 tokens in, 512 out; a few before that do not count."""
-    draw = random.Random("throughput")
+    return _at_once(llm, damage, "throughput", 200, 1024, 512)
+
+
+def short(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """The same of 400 requests with short contexts: 128 in, 128 out."""
+    return _at_once(llm, damage, "short", 400, 128, 128)
+
+
+def long(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """The same of 64 requests with long contexts: 3500 in, 256 out."""
+    return _at_once(llm, damage, "long", 64, 3500, 256)
+
+
+def _at_once(
+    llm: Any, damage: Damage | None, seed: str, requests: int, prompt: int, answer: int
+) -> dict[str, Any]:
+    draw = random.Random(seed)
     play(llm, [Ask(_prompt(draw, 64), 8) for _ in range(4)])
-    result = play(llm, [Ask(_prompt(draw, 1024), 512) for _ in range(requests)], damage=damage)
+    asks = [Ask(_prompt(draw, prompt), answer) for _ in range(requests)]
+    result = play(llm, asks, damage=damage)
     result["output_tokens_per_s"] = result["output_tokens"] / result["seconds"]
     del result["tokens"]
     return result
@@ -331,6 +348,8 @@ WORK: Mapping[str, Callable[[Any, Damage | None], dict[str, Any]]] = {
     "abort": abort,
     "prefix": prefix,
     "throughput": throughput,
+    "short": short,
+    "long": long,
     "paced": paced,
     "fill": fill,
     "refill": fill,

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu
 import arrivals
 import fleet
 import multi_llm_report as report
+import throughput
 from arrivals import Lengths, Peaks
 from multi_llm_report import Slo
 from multi_llm_stage import DRAIN_S, END_S, LEAD_S, Memory, Side, Stage
@@ -164,3 +165,31 @@ def test_points_without_time_are_skipped_on_both_sides(tmp_path: Path) -> None:
     second = Side("elastic", (), Memory(None))
     assert stage._why_not(second, first, "16/s") == ""
     assert stage._why_not(second, first, "8/s") == "static has not run it"
+
+
+def test_overhead_is_of_pairs_with_their_spread() -> None:
+    def run(speed: float, long: float) -> dict[str, Any]:
+        work = {"output_tokens_per_s": speed, "tpot_p50_s": 0.01, "tpot_p99_s": 0.01}
+        return {
+            "ok": True,
+            "work": {
+                "throughput": work | {"ttft_p99_s": 1.0},
+                "long": {"output_tokens_per_s": long},
+            },
+            "used_idle_bytes": 0,
+            "used_end_bytes": 0,
+            "preemptions": 0,
+        }
+
+    results = {
+        "v2-plain-0": run(100.0, 50.0),
+        "v2-kvcached-0": run(99.0, 50.0),
+        "v2-kvcached-1": run(208.0, 49.0),
+        "v2-plain-1": run(200.0, 50.0),
+    }
+    found = throughput.summary(results, "V2", ["plain", "kvcached"])["kinds"]["kvcached"]
+    assert found["pairs_of_plain"] == pytest.approx({"median": 1.015, "least": 0.99, "most": 1.04})
+    assert found["long_of_plain"] == pytest.approx({"median": 0.99, "least": 0.98, "most": 1.0})
+    assert "short_of_plain" not in found
+    text = throughput.table([throughput.summary(results, "V2", ["plain", "kvcached"])])
+    assert "long: 0.9900 of plain's tokens/s (0.9800 to 1.0000)" in text
