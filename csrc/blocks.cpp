@@ -4,6 +4,14 @@
 
 namespace kvcached {
 
+namespace {
+
+constexpr int32_t kBuckets = 64;  // bits of a word
+// So many partly used pages lose so little that which of them is filled first does not matter.
+constexpr int32_t kFewPages = 8;
+
+}  // namespace
+
 Status Blocks::validate(int64_t num_blocks, int64_t blocks_per_page) {
   constexpr int64_t kMost = int64_t{1} << 30;
   if (num_blocks <= 0 || num_blocks > kMost)
@@ -27,6 +35,8 @@ Blocks::Blocks(int32_t num_blocks, int32_t blocks_per_page, bool reserve_block0)
       page_cached_(num_pages_, 0),
       present_flag_(num_pages_, 0),
       partial_(num_pages_),
+      buckets_(std::min(blocks_per_page, kBuckets), OrderedSet(num_pages_)),
+      bucket_(num_pages_, -1),
       vacant_(num_pages_),
       absent_(num_pages_),
       lru_(num_blocks),
@@ -69,13 +79,7 @@ void Blocks::file_page(int32_t page, bool was_idle) {
       --empty_;
     }
   }
-  const bool partial = busy > 0 && busy < size;
-  if (partial != partial_.contains(page)) {
-    if (partial)
-      partial_.insert(page);
-    else
-      partial_.erase(page);
-  }
+  file_partial(page, busy > 0 && busy < size ? bucket_of(size - busy) : -1);
   const bool idle = page_used_[page] == 0 && page_cached_[page] > 0;
   if (idle != was_idle) {
     if (idle) {
@@ -86,6 +90,40 @@ void Blocks::file_page(int32_t page, bool was_idle) {
       --idle_;
     }
   }
+}
+
+// Where a page with so many free blocks is filed: one number a bucket, several for large pages.
+int32_t Blocks::bucket_of(int32_t free) const {
+  if (blocks_per_page_ <= kBuckets) return free - 1;
+  return static_cast<int32_t>(int64_t{free - 1} * kBuckets / blocks_per_page_);
+}
+
+void Blocks::file_partial(int32_t page, int32_t bucket) {
+  const int32_t before = bucket_[page];
+  if (before == bucket) return;
+  if (before >= 0) {
+    buckets_[before].erase(page);
+    if (buckets_[before].first() < 0) filled_ &= ~(uint64_t{1} << before);
+  } else {
+    partial_.insert(page);
+    ++partial_pages_;
+  }
+  if (bucket >= 0) {
+    buckets_[bucket].insert(page);
+    filled_ |= uint64_t{1} << bucket;
+  } else {
+    partial_.erase(page);
+    --partial_pages_;
+  }
+  bucket_[page] = static_cast<int8_t>(bucket);
+}
+
+// The partly used page to fill when `count` blocks are wanted; -1 where there is none.
+int32_t Blocks::partial_for(int64_t count) const {
+  if (partial_pages_ <= kFewPages) return partial_.first();
+  const int32_t least = bucket_of(static_cast<int32_t>(std::min<int64_t>(count, blocks_per_page_)));
+  const uint64_t roomy = filled_ >> least << least;
+  return buckets_[roomy != 0 ? __builtin_ctzll(roomy) : 63 - __builtin_clzll(filled_)].first();
 }
 
 void Blocks::push_free(int32_t id) {
@@ -132,7 +170,7 @@ Status Blocks::alloc(int64_t count, int32_t* ids) {
                                     std::to_string(available()) + " available"};
   int64_t done = 0;
   while (done < count && free_ > 0) {
-    int32_t page = partial_.first();
+    int32_t page = partial_for(count - done);
     if (page < 0) page = vacant_.first();
     const bool was_idle = page_used_[page] == 0 && page_cached_[page] > 0;
     // Everything wanted from this page in one go: its bookkeeping is done once.
@@ -304,9 +342,9 @@ void Blocks::reclaim(int64_t count, std::vector<int32_t>& pages, std::vector<int
 }
 
 void Blocks::free_ids(std::vector<int32_t>& ids) const {
-  for (const OrderedSet* set : {&partial_, &vacant_})
+  for (const bool vacant : {false, true})
     for (int32_t page = 0; page < num_pages_; ++page)
-      if (set->contains(page))
+      if (vacant ? vacant_.contains(page) : partial_.contains(page))
         for (int32_t id = free_head_[page]; id >= 0; id = free_next_[id]) ids.push_back(id);
   for (int32_t id = lru_.front(); id >= 0; id = lru_.after(id)) ids.push_back(id);
 }
@@ -316,7 +354,7 @@ Status Blocks::check() const {
     return Status(Code::kInvalidArgument, "integrity: " + what);
   };
   int64_t free = 0, cached = 0, used = 0;
-  int32_t present = 0, empty = 0, idle = 0;
+  int32_t present = 0, empty = 0, idle = 0, partial = 0;
   for (int32_t page = 0; page < num_pages_; ++page) {
     const std::string name = "page " + std::to_string(page);
     if (present_flag_[page] == absent_.contains(page)) return wrong(name + " in the wrong set");
@@ -336,11 +374,14 @@ Status Blocks::check() const {
         count[kCached] != page_cached_[page])
       return wrong(name + ": its counts do not add up");
     const bool vacant = count[kFree] == page_size(page);
-    if (vacant != vacant_.contains(page) ||
-        (!vacant && count[kFree] > 0) != partial_.contains(page))
+    const int32_t bucket = vacant || count[kFree] == 0 ? -1 : bucket_of(count[kFree]);
+    if (vacant != vacant_.contains(page) || (bucket >= 0) != partial_.contains(page) ||
+        bucket != bucket_[page] ||
+        (bucket >= 0 && !(buckets_[bucket].contains(page) && (filled_ >> bucket & 1) != 0)))
       return wrong(name + " in the wrong set of free pages");
     free += count[kFree], cached += count[kCached], used += count[kUsed];
-    ++present, empty += vacant, idle += count[kUsed] == 0 && count[kCached] > 0;
+    ++present, empty += vacant, partial += bucket >= 0;
+    idle += count[kUsed] == 0 && count[kCached] > 0;
   }
   int64_t in_lru = 0;
   for (int32_t id = lru_.front(); id >= 0; id = lru_.after(id)) in_lru += state_[id] == kCached;
@@ -348,7 +389,8 @@ Status Blocks::check() const {
   for (int32_t page = idle_list_.front(); page >= 0; page = idle_list_.after(page)) ++in_idle;
   if (free != free_ || cached != cached_ || used != used_ || in_lru != cached_)
     return wrong("blocks do not add up");
-  if (present != present_ || empty != empty_ || idle != idle_ || in_idle != idle_)
+  if (present != present_ || partial != partial_pages_ || empty != empty_ || idle != idle_ ||
+      in_idle != idle_)
     return wrong("pages do not add up");
   return Status::ok();
 }

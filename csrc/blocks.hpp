@@ -1,10 +1,12 @@
 // The block allocator: which blocks are free, cached or in use, and on which pages they lie.
 //
 // Every operation costs O(1) for each block that it moves, whatever the size of the pool. Blocks
-// are handed out from partly used pages before empty ones and from low pages before high ones, so
-// that whole pages come free and can be unmapped. A cached block is free for others, but its
-// contents still answer a prefix hit; cached blocks are evicted in the order in which they were
-// freed. Not thread-safe: one scheduler owns a pool.
+// are handed out from partly used pages before empty ones: from the one that has least room beyond
+// what is wanted, or else from the emptiest, so that blocks which come together lie together and
+// whole pages come free and can be unmapped. While few pages are partly used, and for want of
+// another rule, low pages come first: then little is lost, and pages do not come and go for it. A
+// cached block is free for others, but its contents still answer a prefix hit; cached blocks are
+// evicted in the order in which they were freed. Not thread-safe: one scheduler owns a pool.
 #pragma once
 
 #include <algorithm>
@@ -79,7 +81,7 @@ class Blocks {
   int32_t used_in(int32_t page) const {
     return page >= 0 && page < num_pages_ ? page_used_[page] : 0;
   }
-  void free_ids(std::vector<int32_t>& ids) const;  // free, then cached: the order of alloc
+  void free_ids(std::vector<int32_t>& ids) const;  // free, then cached
 
   // Adds everything up anew; the message names the first thing that does not fit.
   Status check() const;
@@ -98,6 +100,9 @@ class Blocks {
   void unlink_free(int32_t id);
   void push_free(int32_t id);
   void file_page(int32_t page, bool was_idle);
+  int32_t bucket_of(int32_t free) const;
+  void file_partial(int32_t page, int32_t bucket);
+  int32_t partial_for(int64_t count) const;
   void drop_page(int32_t page);
 
   const int32_t num_blocks_;
@@ -113,10 +118,15 @@ class Blocks {
   std::vector<int32_t> page_used_, page_cached_;    // by page
   std::vector<uint8_t> present_flag_;               // by page
   OrderedSet partial_;                              // present, some blocks free, some not
-  OrderedSet vacant_;                               // present, all blocks free
-  OrderedSet absent_;                               // not present
-  LinkedIds lru_;                                   // cached blocks, oldest first
-  LinkedIds idle_list_;  // unused pages with cached blocks, longest unused first
+  int32_t partial_pages_ = 0;
+  // The same pages by how many blocks are free; buckets with a page are bits of `filled_`.
+  std::vector<OrderedSet> buckets_;
+  uint64_t filled_ = 0;
+  std::vector<int8_t> bucket_;  // by page, -1 where not partial
+  OrderedSet vacant_;           // present, all blocks free
+  OrderedSet absent_;           // not present
+  LinkedIds lru_;               // cached blocks, oldest first
+  LinkedIds idle_list_;         // unused pages with cached blocks, longest unused first
 };
 
 }  // namespace kvcached

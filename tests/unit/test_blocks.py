@@ -71,6 +71,50 @@ def test_fills_partly_used_pages_first_then_low_pages() -> None:
     assert blocks.alloc(1)[0] // 4 == 4
 
 
+def holes(per_page: int, rooms: list[int]) -> Blocks:
+    """All in use but the first blocks of as many pages, from page 1 on."""
+    blocks = Blocks((len(rooms) + 1) * per_page, per_page)
+    blocks.grow(len(rooms))
+    assert blocks.alloc(blocks.num_blocks - 1) is not None
+    for page, room in enumerate(rooms, 1):
+        blocks.free(range(per_page * page, per_page * page + room))
+    return blocks
+
+
+def pages(blocks: Blocks, count: int) -> list[int]:
+    """The pages of so many blocks; nothing stays handed out."""
+    ids = blocks.alloc(count)
+    assert ids is not None
+    blocks.check()
+    blocks.free(ids)
+    blocks.check()
+    return [block // blocks.blocks_per_page for block in ids]
+
+
+def test_what_comes_together_lies_together() -> None:
+    blocks = holes(8, [3, 2, 5, 7, 3, 3, 6, 3, 1, 6])
+    assert pages(blocks, 1) == [9], "the fullest page that is not full"
+    assert pages(blocks, 3) == [1] * 3, "least room beyond what is wanted, and the lowest of them"
+    assert pages(blocks, 4) == [3] * 4
+    assert pages(blocks, 7) == [4] * 7
+    assert pages(blocks, 9) == [4] * 7 + [2] * 2, "the emptiest, and for the rest what fits closely"
+
+
+def test_few_holes_are_filled_from_the_lowest_page_on() -> None:
+    blocks = holes(8, [3, 2, 5, 7, 3, 3, 6, 3])
+    assert pages(blocks, 1) == [1]
+    assert pages(blocks, 9) == [1] * 3 + [2] * 2 + [3] * 4
+
+
+@pytest.mark.parametrize("per_page", [64, 65, 200, 1000])
+def test_large_pages_are_filled_as_closely_as_their_buckets_are_fine(per_page: int) -> None:
+    half = per_page // 2
+    blocks = holes(per_page, [half, 1, *[per_page - 1] * 8])
+    assert set(pages(blocks, half)) == {1}
+    assert pages(blocks, 1) == [2]
+    assert set(pages(blocks, per_page - 1)) == {3}
+
+
 def test_whole_pages_come_free_and_go_highest_first() -> None:
     blocks = grown()
     held = blocks.alloc(63)
