@@ -32,6 +32,7 @@ from multi_llm_report import Slo
 from multi_llm_stage import WARM_UP, Memory, Side, Stage
 
 from kvcached import nvml
+from kvcached.bench import pictures
 from kvcached.bench.share_load import read_trace
 
 PIECE = 64 << 20  # budgets are whole pages
@@ -171,6 +172,8 @@ def main() -> int:
     for name in order:
         sides.append(Side(name, tuple(make_jobs(name, models, options, out)), Memory(gpu)))
         stage.play(sides[-1], sides[0] if len(sides) > 1 else None, save)
+    if options.plot is not None:
+        pictures.multi_llm(told, options.plot)
     print(report.table(told))
     return int(any("problem" in side.told for side in sides))
 
@@ -220,6 +223,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--in-turn", action="store_true", help="engines start one after the other")
     parser.add_argument("--runner", choices=("V1", "V2"), default="V2")
     parser.add_argument("--device", default="gpu", help="or host:NAME, for the CPU: --shapes tiny")
+    parser.add_argument("--plot", type=Path, help="a PNG to write; needs matplotlib")
     parser.add_argument("--machine", default="", help="its name in the results")
     parser.add_argument("--limit", type=float, default=540.0, help="seconds in all")
     return parser.parse_args()

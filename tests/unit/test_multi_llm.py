@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kvcached.bench import pictures
 from kvcached.bench.share_load import Arrival, read_trace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
@@ -143,6 +144,13 @@ def test_the_table_names_the_best_and_the_worst_point() -> None:
     assert "TTFT mean, static over elastic, all: best 3.50 at 16/s, worst 1.00 at 8/s" in text
     assert "not run: elastic 24/s: no time" in text
     assert text.count("24/s     all") == 1, "the static side alone has it"
+
+
+def test_both_sides_are_drawn(tmp_path: Path) -> None:
+    fast, nothing = point(ROWS), point([None] * 4)
+    path = tmp_path / "picture.png"
+    pictures.multi_llm(told({"8/s": fast, "16/s": nothing}, {"8/s": fast, "16/s": fast}), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_point_at_which_nothing_ended_is_said() -> None:
