@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,9 @@ def ledger_facts() -> dict[str, int]:
         "in_use": account.in_use,
         "page": account.page_bytes,
         "pinned": account.pinned,
+        "hits": account.hits,
+        "misses": account.misses,
+        "evictions": account.evictions,
         "block_tokens": account.block_tokens,
         "high_water": snapshot.high_water,
         "capacity": snapshot.capacity,
@@ -89,7 +93,7 @@ def flushed(engine: Any) -> bool:
     return bool(done)
 
 
-def equality(job: dict[str, Any]) -> dict[str, Any]:
+def equality(job: dict[str, Any]) -> None:
     """Everything twice, so that the second round meets the first one's prefixes."""
     engine = build(job)
     result: dict[str, Any] = {"outputs": [generate(engine, job) for _ in range(job["rounds"])]}
@@ -103,22 +107,25 @@ def equality(job: dict[str, Any]) -> dict[str, Any]:
         signal.pause()
     answer(job, result)
     engine.shutdown()
-    return result
 
 
-def bursts(job: dict[str, Any]) -> dict[str, Any]:
-    """Generates whenever a file of that number appears; says so in its answer."""
+def bursts(job: dict[str, Any]) -> None:
     engine = build(job)
+    serve_bursts(job, lambda: generate(engine, job))
+
+
+def serve_bursts(job: dict[str, Any], generated: Callable[[], list[list[int]]]) -> None:
+    """Generates whenever a file of that number appears and says so in its answer, until it is
+    killed.
+    """
     folder = Path(job["answer"]).parent
     result: dict[str, Any] = {"outputs": []}
     answer(job, result)
-    while not (folder / "end").exists():
+    while True:
         if (folder / f"burst-{len(result['outputs'])}").exists():
-            result["outputs"].append(generate(engine, job))
+            result["outputs"].append(generated())
             answer(job, result)
         time.sleep(0.02)
-    engine.shutdown()
-    return result
 
 
 def answer(job: dict[str, Any], result: dict[str, Any]) -> None:

@@ -17,10 +17,14 @@ from typing import Any
 import kvcached
 from kvcached.config import child_environment
 from kvcached.demo.sampler import SessionWatch
+from kvcached.demo.servers import ENGINE_ENVIRONMENT
+from kvcached.ledger import Ledger
 from kvcached.processes import session_processes
+from kvcached.snapshot import AccountSnapshot
 
 MIB = 1 << 20
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 SOURCE = Path(kvcached.__file__).parents[1]
 
 PROMPTS = [[(i * 7 + j * 13) % 990 + 5 for j in range(40 + 30 * i)] for i in range(10)]
@@ -63,6 +67,10 @@ def wait_until(condition: Callable[[], Any], limit_s: float, what: str) -> float
 class Engine:
     """One run of engine_process.py."""
 
+    PYTHON = Path(sys.executable)
+    PROGRAM = HERE / "engine_process.py"
+    ENVIRONMENT: Mapping[str, str] = ENVIRONMENT
+
     def __init__(
         self, folder: Path, job: Mapping[str, Any], changes: Mapping[str, str], *paths: Path
     ) -> None:
@@ -76,11 +84,11 @@ class Engine:
         path = os.pathsep.join(str(each) for each in (*paths, SOURCE))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(HERE / "engine_process.py"), str(job_file)],
+                [str(self.PYTHON), str(self.PROGRAM), str(job_file)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=child_environment({**ENVIRONMENT, "PYTHONPATH": path, **changes}),
+                env=child_environment({**self.ENVIRONMENT, "PYTHONPATH": path, **changes}),
                 cwd=folder,
                 start_new_session=True,
             )
@@ -134,15 +142,29 @@ class Engine:
         self.kill()
 
 
+class VllmEngine(Engine):
+    """One run of vllm_process.py, with the vLLM of this checkout's .venv/."""
+
+    PYTHON = ROOT / ".venv" / "bin" / "python"
+    PROGRAM = HERE / "vllm_process.py"
+    ENVIRONMENT = ENGINE_ENVIRONMENT
+
+
 class MemoryWatch:
     """Samples the memory of engines from outside, every few milliseconds, in a thread."""
 
     def __init__(self, *engines: Engine) -> None:
         self.peak = 0
         self.samples = 0
-        self._watches = [SessionWatch(engine.session) for engine in engines]
+        self._watches: list[SessionWatch] = []
+        for engine in engines:
+            self.add(engine)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def add(self, engine: Engine) -> None:
+        """Watches this one from now on, too."""
+        self._watches = [*self._watches, SessionWatch(engine.session)]
 
     def total(self) -> int:
         return sum(watch.physical_bytes() for watch in self._watches)
@@ -164,3 +186,83 @@ class MemoryWatch:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
+
+
+class Sharing:
+    """Engines that wait for bursts (task ``bursts``) under one budget, the ledger between them, and
+    the memory behind all of them.
+
+    ``starts`` says how each is started, by its name. An engine that has died may be started again.
+    """
+
+    def __init__(self, folder: Path, starts: Mapping[str, Callable[[], Engine]]) -> None:
+        self._starts = starts
+        self._bursts = dict.fromkeys(starts, 0)
+        self.engines = {name: start() for name, start in starts.items()}
+        self.memory = MemoryWatch(*self.engines.values())
+        try:
+            for engine in self.engines.values():
+                engine.answer(200)
+        except AssertionError:
+            self._end()
+            raise
+        place = (folder / "ledger", f"host:test-{os.getpid()}")
+        self.ledger = Ledger.open(*place, create=False, read_only=True)
+
+    def account(self, name: str) -> AccountSnapshot | None:
+        return self.ledger.snapshot().account(name)
+
+    def charge(self, name: str) -> int:
+        account = self.account(name)
+        return 0 if account is None else account.charge
+
+    def wait_for_work(self, name: str) -> None:
+        """Until requests of this engine hold a good part of its memory."""
+
+        def works() -> bool:
+            account = self.account(name)
+            return account is not None and account.in_use > MIB
+
+        wait_until(works, 30, f"{name} works")
+
+    def start_burst(self, name: str) -> None:
+        (self.engines[name].folder / f"burst-{self._bursts[name]}").touch()
+        self._bursts[name] += 1
+
+    def outputs(self, name: str) -> list[list[int]]:
+        """Of the burst that was started last."""
+        answer = self.engines[name].answer(outputs=self._bursts[name])
+        outputs: list[list[int]] = answer["outputs"][-1]
+        return outputs
+
+    def burst(self, name: str) -> list[list[int]]:
+        self.start_burst(name)
+        return self.outputs(name)
+
+    def kill(self, name: str) -> float:
+        """SIGKILL to the process that its user started; seconds until no other of it is left."""
+        engine = self.engines[name]
+        processes = engine.processes()
+        os.kill(engine.process.pid, signal.SIGKILL)
+        engine.process.wait()
+        ended = f"{processes} end with their parent"
+        return wait_until(lambda: not engine.processes(), 5, ended)
+
+    def start_again(self, name: str) -> None:
+        """Returns at once; the next burst waits until it is there."""
+        self.engines[name] = self._starts[name]()
+        self.memory.add(self.engines[name])
+        self._bursts[name] = 0
+
+    def __enter__(self) -> Sharing:
+        self.memory.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.memory.__exit__(*error)
+        self.ledger.close()
+        self._end()
+
+    def _end(self) -> None:
+        for engine in self.engines.values():
+            engine.kill()

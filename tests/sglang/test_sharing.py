@@ -1,21 +1,26 @@
-"""Two SGLang engines under one budget: memory goes to whoever works, and comes back at a death."""
+"""Two engines under one budget, of SGLang, or one of it and one of vLLM: memory goes to whoever
+works, and comes back at a death.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
-import os
-import signal
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sgl_harness import MAX_TOKENS, MIB, PROMPTS, Engine, MemoryWatch, switched_on, wait_until
-
-from kvcached.ledger import Ledger
-from kvcached.snapshot import AccountSnapshot
+from sgl_harness import (
+    MAX_TOKENS,
+    MIB,
+    PROMPTS,
+    Engine,
+    Sharing,
+    VllmEngine,
+    switched_on,
+    wait_until,
+)
 
 pytestmark = pytest.mark.engine
 CAPACITY = 6 * MIB  # of which a burst takes almost all
@@ -33,76 +38,65 @@ def sleeps_on_idle() -> dict[str, Any]:
     return {"sleep_on_idle": True} if known else {}
 
 
-class Two:
-    """Both engines, and the ledger between them."""
+def two(model: Path, folder: Path, **kinds: type[Engine]) -> Sharing:
+    """Engines of these kinds, by name, that wait for bursts."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
-        job = {"task": "bursts", "model": str(model), "arguments": sleeps_on_idle()}
-        virtual = str(64 * MIB)
-        self.a, self.b = (
-            Engine(folder / n, job, switched_on(folder, CAPACITY, n, KVCACHED_VIRTUAL=virtual))
-            for n in ("a", "b")
-        )
-        self._bursts = {self.a: 0, self.b: 0}
-        for engine in (self.a, self.b):
-            engine.answer(200)
-        place = (folder / "ledger", f"host:test-{os.getpid()}")
-        self.ledger = Ledger.open(*place, create=False, read_only=True)
+    def start(name: str) -> Engine:
+        kind = kinds[name]
+        arguments = {} if kind is VllmEngine else sleeps_on_idle()
+        job = {"task": "bursts", "model": str(model), "arguments": arguments}
+        changes = switched_on(folder, CAPACITY, name, KVCACHED_VIRTUAL=str(64 * MIB))
+        number = sum(1 for _ in folder.glob(f"{name}-*"))
+        return kind(folder / f"{name}-{number}", job, changes)
 
-    def account(self, engine: Engine) -> AccountSnapshot | None:
-        return self.ledger.snapshot().account(engine.folder.name)
-
-    def start_burst(self, engine: Engine) -> None:
-        (engine.folder / f"burst-{self._bursts[engine]}").touch()
-        self._bursts[engine] += 1
-
-    def outputs(self, engine: Engine) -> list[list[int]]:
-        """Of the burst that was started last."""
-        outputs: list[list[int]] = engine.answer(outputs=self._bursts[engine])["outputs"][-1]
-        return outputs
+    return Sharing(folder, {name: functools.partial(start, name) for name in kinds})
 
 
-@contextmanager
-def two(model: Path, folder: Path) -> Iterator[Two]:
-    both = Two(model, folder)
-    try:
-        yield both
-    finally:
-        both.ledger.close()
-        both.a.kill()
-        both.b.kill()
+def burst_in_turn_and_at_once(both: Sharing, reference: list[list[int]]) -> None:
+    """What each says is right, whoever of them has cached the whole budget before."""
+    assert len(reference) == len(PROMPTS) and len(reference[0]) == MAX_TOKENS
+    first, second = both.engines
+    for name in (first, second, first):  # each meets the other's cached prefixes
+        assert both.burst(name) == reference
+        assert both.charge(name) > CAPACITY // 2
+    for name in both.engines:
+        account = both.account(name)
+        assert account is not None and account.reclaimed > 0
+    for name in both.engines:
+        both.start_burst(name)
+    for name in both.engines:
+        assert both.outputs(name) == reference
 
 
 def test_bursts_in_turn_at_once_and_after_a_death(
     model: Path, reference: list[list[int]], tmp_path: Path
 ) -> None:
-    assert len(reference) == len(PROMPTS) and len(reference[0]) == MAX_TOKENS
-    with two(model, tmp_path) as both, MemoryWatch(both.a, both.b) as memory:
-        for engine in (both.a, both.b, both.a):  # each meets the other's cached prefixes
-            both.start_burst(engine)
-            assert both.outputs(engine) == reference
-            account = both.account(engine)
-            assert account is not None and account.charge > CAPACITY // 2
-        before = both.account(both.b)
-        assert before is not None and before.reclaimed > 0
-
-        for engine in (both.a, both.b):
-            both.start_burst(engine)
-        assert both.outputs(both.a) == both.outputs(both.b) == reference
-
-        both.start_burst(both.a)
-        wait_until(lambda: charge(both, both.a) > MIB, 30, "a works")
-        processes = both.a.processes()
-        os.kill(both.a.process.pid, signal.SIGKILL)
-        both.a.process.wait()
-        gone = wait_until(lambda: not both.a.processes(), 5, f"{processes} end with their parent")
-        assert gone < 1.5
-        both.start_burst(both.b)
-        assert both.outputs(both.b) == reference
-        wait_until(lambda: charge(both, both.a) == 0, 10, "b clears the row of the dead")
-    assert memory.peak <= CAPACITY and memory.peak > CAPACITY * 3 // 4
+    with two(model, tmp_path, a=Engine, b=Engine) as both:
+        burst_in_turn_and_at_once(both, reference)
+        both.start_burst("a")
+        both.wait_for_work("a")
+        assert both.kill("a") < 1.5
+        assert both.burst("b") == reference
+        wait_until(lambda: both.charge("a") == 0, 10, "b clears the row of the dead")
+    assert CAPACITY * 3 // 4 < both.memory.peak <= CAPACITY
 
 
-def charge(both: Two, engine: Engine) -> int:
-    account = both.account(engine)
-    return 0 if account is None else account.charge
+@pytest.mark.parametrize("victim", ["sglang", pytest.param("vllm", marks=pytest.mark.matrix)])
+def test_vllm_and_sglang_side_by_side(
+    model: Path, reference: list[list[int]], tmp_path: Path, victim: str
+) -> None:
+    """What is right is what transformers says of the model, for both."""
+    with two(model, tmp_path, sglang=Engine, vllm=VllmEngine) as both:
+        burst_in_turn_and_at_once(both, reference)
+        (other,) = both.engines.keys() - {victim}
+        for name in (victim, other):
+            both.start_burst(name)
+        both.wait_for_work(victim)
+        assert both.kill(victim) < 1.5
+        assert both.outputs(other) == reference
+        wait_until(lambda: both.charge(victim) == 0, 10, f"{other} clears the row of the dead")
+        both.start_again(victim)
+        assert both.burst(other) == reference
+        assert both.burst(victim) == reference
+        assert both.ledger.snapshot().high_water <= CAPACITY
+    assert CAPACITY * 3 // 4 < both.memory.peak <= CAPACITY
