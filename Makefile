@@ -57,11 +57,7 @@ matrix: build  ## the engine tests with every version, in .venv-*/; writes docs/
 	@$(BOOTSTRAP) tools/matrix.py $(MATRIX_ARGS)
 
 matrix-sglang: build  ## all tests of SGLang with each version, in .venv-sglang-VERSION/ (long)
-	@set -e; for version in $(SGLANG_VERSIONS); do \
-	    echo "== matrix: SGLang $$version"; \
-	    $(BOOTSTRAP) tools/setup_sglang.py $$version; \
-	    .venv-sglang-$$version/bin/python -m pytest tests/sglang $(TEST_ARGS); \
-	done
+	@$(BOOTSTRAP) tools/matrix.py $(SGLANG_VERSIONS:%=sglang-%) $(MATRIX_ARGS)
 
 chaos: build  ## every kill and stop of every process, ten times each (long)
 	@echo "== chaos: kills and stops"

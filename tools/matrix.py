@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Runs the engine tests with every supported version of vLLM and writes docs/engines.md.
+"""Runs the engine tests with every supported version of vLLM and SGLang; writes docs/engines.md.
 
-    python3 tools/matrix.py                  all versions, everything (hours)
-    python3 tools/matrix.py 0.26 0.19        these versions
-    python3 tools/matrix.py 0.26 -- ARGS     with these arguments for pytest, as for a part of the
-                                             tests; parts of one version add up
-    python3 tools/matrix.py --page           writes the page from what has run
+    python3 tools/matrix.py                        all versions, everything (hours)
+    python3 tools/matrix.py 0.26 sglang-0.5.15     these versions of vLLM and of SGLang
+    python3 tools/matrix.py 0.26 -- ARGS           with these arguments for pytest, as for a part of
+                                                   the tests; parts of one version add up
+    python3 tools/matrix.py --page                 writes the page from what has run
 
 Results lie in build/matrix/ as pytest writes them. Of a version without any there, the page keeps
 its row. Standard library only, Python 3.10 or newer.
@@ -22,13 +22,14 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import setup_env
+import setup_sglang
 
 ROOT = setup_env.ROOT
 RESULTS = ROOT / "build" / "matrix"
 PAGE = ROOT / "docs" / "engines.md"
-TESTS = ("-m", "not slow and not gpu", "tests/engines")
 HEADER = "| version | real engine on a CPU | real classes | on a GPU | last run |"
 # What a GPU has run: by hand, on a lent machine (benchmarks/gpu), so said here.
 ON_GPU = {"0.24": "H100, V1 and V2 runner ([performance](performance.md))"}
@@ -36,13 +37,13 @@ INTRODUCTION = """\
 # Engines
 
 What was run with which version of an engine. `make matrix` runs it again and writes this page; each
-version has an environment of its own (`tools/setup_env.py`).
+version has an environment of its own (`tools/setup_env.py`, `tools/setup_sglang.py`).
 
 - *real engine on a CPU*: tests that start the engine, with kvcached and without it, and compare
-  what it answers.
-- *real classes*: tests of the engine's own code without a model: its block pool, its KV-cache
-  manager, its scheduler, its model runner's tensors; of vLLM 0.8.4, which runs on GPUs only, also
-  its engine around a toy model.
+  what it answers. vLLM 0.8.4 runs on GPUs only: here its real engine, with its scheduler and its
+  processes, runs around a toy model in place of its model runner.
+- *real classes*: tests of the engine's own code without a model: its block pool or allocators, its
+  KV-cache manager, its scheduler, its tensors.
 - Numbers are tests that passed; then those that failed, and those that do not apply to the version.
 
 At start, in the engine's own processes, kvcached compares the signatures and attributes that it
@@ -81,6 +82,11 @@ class Results:
         words += [f"{counts['skipped']} do not apply"] if counts["skipped"] else []
         return ", ".join(words)
 
+    def engine_cell(self) -> str:
+        """Of tests that start the engine, with a model or, failing that, with a toy one."""
+        real, toy = self.cell("real engine"), self.cell("toy model")
+        return real if toy == "no" else f"toy model: {toy}"
+
 
 def _outcome(case: ET.Element) -> str:
     if case.find("failure") is not None or case.find("error") is not None:
@@ -88,17 +94,43 @@ def _outcome(case: ET.Element) -> str:
     return "skipped" if case.find("skipped") is not None else "passed"
 
 
+class Version(NamedTuple):
+    """A version of an engine: what the page calls it, and how its tests are run."""
+
+    label: str
+    reports: str  # what the names of its reports begin with
+    python: Path
+    set_up: tuple[str, ...]  # a script of this folder, and its arguments
+    tests: tuple[str, ...]  # arguments for pytest
+
+
+def _versions() -> dict[str, Version]:
+    """All of them, by what the command line calls them."""
+    vllm_tests = ("-m", "not slow and not gpu", "tests/engines")
+    found = {}
+    for key, env in setup_env.ENVIRONMENTS.items():
+        set_up = ("setup_env.py", "--vllm", key)
+        found[key] = Version(f"vLLM {env.vllm}", f"vllm-{key}", env.python, set_up, vllm_tests)
+    for key, own in setup_sglang.ENVIRONMENTS.items():
+        name = f"sglang-{key}"
+        set_up = ("setup_sglang.py", key)
+        found[name] = Version(f"SGLang {key}", name, own.python, set_up, ("tests/sglang",))
+    return found
+
+
+VERSIONS = _versions()
+
+
 def row(version: str, results: Results) -> str:
     """A version's line of the page."""
     day = datetime.date.fromtimestamp(results.last_s).isoformat()
-    name = f"vLLM {setup_env.ENVIRONMENTS[version].vllm}"
-    cells = [results.cell("real engine"), results.cell("real classes"), ON_GPU.get(version, "no")]
-    return f"| {name} | {' | '.join(cells)} | {day} |"
+    cells = [results.engine_cell(), results.cell("real classes"), ON_GPU.get(version, "no")]
+    return f"| {VERSIONS[version].label} | {' | '.join(cells)} | {day} |"
 
 
 def page(old: str, rows: Sequence[str]) -> str:
     """The page with these rows, and those of other versions as they were."""
-    kept = {_name(line): line for line in old.splitlines() if line.startswith("| vLLM ")}
+    kept = {_name(line): line for line in old.splitlines() if line.startswith(("| vLLM ", "| SG"))}
     kept.update({_name(line): line for line in rows})
     lines = [kept[name] for name in sorted(kept, key=_version)]
     table = "\n".join([HEADER, "|---|---|---|---|---|", *lines])
@@ -109,14 +141,14 @@ def _name(line: str) -> str:
     return line.split("|")[1].strip()
 
 
-def _version(name: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", name)]
+def _version(name: str) -> tuple[bool, list[int]]:
+    return name.startswith("SGLang"), [int(number) for number in re.findall(r"\d+", name)]
 
 
 def write_page() -> None:
     rows = []
-    for version in setup_env.ENVIRONMENTS:
-        if files := list(RESULTS.glob(f"vllm-{version}-*.xml")):
+    for version in VERSIONS:
+        if files := reports_of(version):
             rows.append(row(version, Results(files)))
     old = PAGE.read_text() if PAGE.exists() else ""
     PAGE.write_text(page(old, rows))
@@ -125,24 +157,28 @@ def write_page() -> None:
 
 def run(version: str, arguments: Sequence[str]) -> int:
     """Sets a version up, runs the tests with it, and keeps what they say."""
-    env = setup_env.ENVIRONMENTS[version]
-    subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "setup_env.py"), "--vllm", version], check=True
-    )
-    build = [str(env.python), "setup.py", "--quiet", "build_ext", "--inplace"]
+    wanted = VERSIONS[version]
+    script, *arguments_of_it = wanted.set_up
+    subprocess.run([sys.executable, str(ROOT / "tools" / script), *arguments_of_it], check=True)
+    build = [str(wanted.python), "setup.py", "--quiet", "build_ext", "--inplace"]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    report = RESULTS / f"vllm-{version}-{next_number(version):03}.xml"
-    # Of pytest's formats, one that has properties: what a test ran (tests/engines/conftest.py).
+    report = RESULTS / f"{wanted.reports}-{next_number(version):03}.xml"
+    # Of pytest's formats, one that has properties: what a test ran (the tests' conftest.py).
     reporting = ["-o", "junit_family=xunit1", f"--junitxml={report}"]
-    tests = [str(env.python), "-m", "pytest", *reporting, *(arguments or TESTS)]
-    print(f"== matrix: vLLM {env.vllm}", flush=True)
+    tests = [str(wanted.python), "-m", "pytest", *reporting, *(arguments or wanted.tests)]
+    print(f"== matrix: {wanted.label}", flush=True)
     return subprocess.run(tests, cwd=ROOT).returncode
+
+
+def reports_of(version: str) -> list[Path]:
+    """What pytest has said of a version so far."""
+    return list(RESULTS.glob(f"{VERSIONS[version].reports}-[0-9]*.xml"))
 
 
 def next_number(version: str) -> int:
     """A number that no report of this version has."""
-    taken = [int(file.stem.rpartition("-")[2]) for file in RESULTS.glob(f"vllm-{version}-*.xml")]
+    taken = [int(file.stem.rpartition("-")[2]) for file in reports_of(version)]
     return max(taken, default=-1) + 1
 
 
@@ -152,12 +188,12 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="only write the page")
     own, rest = _split(sys.argv[1:])
     options = parser.parse_args(own)
-    unknown = {*options.versions} - {*setup_env.ENVIRONMENTS}
+    unknown = {*options.versions} - {*VERSIONS}
     if unknown:
         parser.error(f"no environment for {', '.join(sorted(unknown))}")
     failed = []
     if not options.page:
-        for version in options.versions or setup_env.ENVIRONMENTS:
+        for version in options.versions or VERSIONS:
             if run(version, rest) != 0:
                 failed.append(version)
     write_page()

@@ -32,9 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def kind(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
-    """For the support matrix (``tools/matrix.py``): whether a real engine runs a real model."""
-    runs_a_model = "model" in request.fixturenames
-    record_property("runs", "real engine" if runs_a_model else "real classes")
+    """For the support matrix (``tools/matrix.py``): whether a real engine runs, and what model."""
+    kinds = {"model": "real engine", "toy_model": "toy model"}
+    found = (kinds[name] for name in kinds if name in request.fixturenames)
+    record_property("runs", next(found, "real classes"))
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,9 @@ if HAS_SGLANG:
 
 REFERENCE = """
 import json, sys, torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 job = json.loads(sys.stdin.read())
-model = LlamaForCausalLM.from_pretrained(job["model"], torch_dtype=torch.float32).eval()
+model = AutoModelForCausalLM.from_pretrained(job["model"], torch_dtype=torch.float32).eval()
 model.generation_config.eos_token_id = None
 for prompt in job["prompts"]:
     ids = torch.tensor([prompt])
@@ -43,19 +44,41 @@ for prompt in job["prompts"]:
 """
 
 
+@pytest.fixture(autouse=True)
+def kind(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    """For the support matrix (``tools/matrix.py``): whether a real engine runs a real model."""
+    runs_a_model = {"model", "mla_model"} & {*request.fixturenames}
+    record_property("runs", "real engine" if runs_a_model else "real classes")
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    program = HERE / "make_model.py"
-    subprocess.run(
-        [sys.executable, str(program), str(folder)], check=True, capture_output=True, timeout=120
-    )
+    return made(tmp_path_factory.mktemp("tiny"), "llama")
+
+
+@pytest.fixture(scope="session")
+def mla_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("mla"), "mla")
+
+
+def made(folder: Path, kind: str) -> Path:
+    program = [sys.executable, str(HERE / "make_model.py"), str(folder), kind]
+    subprocess.run(program, check=True, capture_output=True, timeout=120)
     return folder
 
 
 @pytest.fixture(scope="session")
 def reference(model: Path) -> list[list[int]]:
     """What transformers answers in float32."""
+    return answered_by_transformers(model)
+
+
+@pytest.fixture(scope="session")
+def mla_reference(mla_model: Path) -> list[list[int]]:
+    return answered_by_transformers(mla_model)
+
+
+def answered_by_transformers(model: Path) -> list[list[int]]:
     job = {"model": str(model), "prompts": PROMPTS, "max_tokens": MAX_TOKENS}
     done = subprocess.run(
         [sys.executable, "-c", REFERENCE],

@@ -39,13 +39,13 @@ def llama() -> Any:
 
 def mla() -> Any:
     """DeepSeek's latent attention: one vector a token in place of keys and values."""
-    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     shape = {**SHAPE, "num_key_value_heads": 4, "first_k_dense_replace": 4}
     latent = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
-    experts = {"n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1}
-    config = DeepseekV2Config(**shape, **latent, **experts, q_lora_rank=None)
-    return DeepseekV2ForCausalLM(config)
+    experts = {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1}
+    config = DeepseekV3Config(**shape, **latent, **experts, q_lora_rank=None)
+    return DeepseekV3ForCausalLM(config)
 
 
 def main(folder: str, kind: str = "llama") -> None:

@@ -18,7 +18,7 @@ CASE = """<testcase classname="{file}" name="{name}"><properties>
 @pytest.fixture
 def matrix(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(TOOLS))
-    for name in ("matrix", "setup_env"):
+    for name in ("matrix", "setup_env", "setup_sglang"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("matrix")
 
@@ -68,12 +68,42 @@ def test_what_only_skips_was_not_run(matrix: ModuleType, tmp_path: Path) -> None
 
 
 def test_rows_of_other_versions_stay_in_the_order_of_versions(matrix: ModuleType) -> None:
-    old = matrix.page("", ["| vLLM 0.24.0 | old | a |", "| vLLM 0.8.4 | old | b |"])
-    new = matrix.page(old, ["| vLLM 0.24.0 | new | c |", "| vLLM 0.13.0 | new | d |"])
-    rows = [line for line in new.splitlines() if line.startswith("| vLLM")]
+    before = ["| SGLang 0.5.9 | old | e |", "| vLLM 0.24.0 | old | a |", "| vLLM 0.8.4 | old | b |"]
+    old = matrix.page("", before)
+    after = [
+        "| vLLM 0.24.0 | new | c |",
+        "| vLLM 0.13.0 | new | d |",
+        "| SGLang 0.5.10 | new | f |",
+    ]
+    new = matrix.page(old, after)
+    rows = [line for line in new.splitlines() if line.startswith(("| vLLM", "| SGLang"))]
     assert rows == [
         "| vLLM 0.8.4 | old | b |",
         "| vLLM 0.13.0 | new | d |",
         "| vLLM 0.24.0 | new | c |",
+        "| SGLang 0.5.9 | old | e |",
+        "| SGLang 0.5.10 | new | f |",
     ]
     assert matrix.HEADER in new
+
+
+def test_an_engine_around_a_toy_model_is_named_so(matrix: ModuleType, tmp_path: Path) -> None:
+    found = report(
+        tmp_path / "vllm-0.8.4-000.xml",
+        ("a", "real engine", "<skipped/>"),
+        ("b", "toy model", ""),
+        ("c", "real classes", ""),
+    )
+    line = matrix.row("0.8.4", matrix.Results([found]))
+    assert line.startswith("| vLLM 0.8.4 | toy model: 1 passed | 1 passed | no |")
+
+
+def test_each_version_has_its_own_reports(
+    matrix: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "RESULTS", tmp_path)
+    for name in ("vllm-0.8.4-000.xml", "sglang-0.4.9-000.xml", "sglang-0.4.6.post2-003.xml"):
+        report(tmp_path / name)
+    assert [len(matrix.reports_of(version)) for version in ("0.8.4", "sglang-0.4.9")] == [1, 1]
+    assert matrix.next_number("sglang-0.4.6.post2") == 4
+    assert {"0.32", "sglang-0.5.23"} <= matrix.VERSIONS.keys()
