@@ -314,7 +314,7 @@ class PagePool:
             self.counters.cancelled += never_created
             self._account.give_back(never_created * self.page_bytes)
 
-    # An engine that keeps its prefix cache in blocks that are in use here answers these two anew.
+    # An engine that keeps its prefix cache in blocks that are in use here answers these anew.
 
     def blocks_in_use(self) -> int:
         """Blocks that requests hold, and block 0. Any thread may ask."""
@@ -323,6 +323,10 @@ class PagePool:
     def idle_pages(self) -> int:
         """Pages on which all blocks with contents are unused and cached."""
         return self.blocks.idle_pages
+
+    def cache_counts(self) -> tuple[int, int, int]:
+        """Hits, misses and evictions so far, as the ledger counts them."""
+        return self.blocks.hits, self.blocks.misses, self.blocks.evictions
 
     # --- leaving
 
@@ -368,9 +372,7 @@ class PagePool:
         busy = blocks.present_pages - idle - empty
         self._working = self._works()
         self._account.publish(busy * size, idle * size, empty * size, self._working)
-        self._account.publish_cache(
-            blocks.hits, blocks.misses, blocks.evictions, self.counters.evicted_blocks
-        )
+        self._account.publish_cache(*self.cache_counts(), self.counters.evicted_blocks)
 
     def _works(self) -> bool:
         was_busy, self._busy = self._busy, self.blocks_in_use() > 1

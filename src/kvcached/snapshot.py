@@ -75,7 +75,7 @@ class AccountSnapshot:
     asked: int
     """Bytes that operators asked it to give back, and that it has not answered yet."""
     hits: int
-    """Blocks that the prefix cache answered, of those that no running request held."""
+    """Blocks that the prefix cache answered (vLLM: of those that no running request held)."""
     misses: int
     """Blocks that were handed out to be computed."""
     evictions: int

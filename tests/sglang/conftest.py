@@ -45,7 +45,9 @@ for prompt in job["prompts"]:
 
 
 @pytest.fixture(autouse=True)
-def kind(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+def what_runs(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> None:
     """For the support matrix (``tools/matrix.py``): whether a real engine runs a real model."""
     runs_a_model = {"model", "mla_model"} & {*request.fixturenames}
     record_property("runs", "real engine" if runs_a_model else "real classes")

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sgl_harness import MIB, Engine, MemoryWatch, switched_on
+from sgl_harness import MIB, PROMPTS, Engine, MemoryWatch, switched_on
+
+from kvcached.units import ceil_div
 
 pytestmark = pytest.mark.engine
 FULL = pytest.mark.matrix  # one of many: run for each version by make matrix
@@ -59,6 +61,7 @@ def test_the_prefix_cache_may_be_bounded(
     with Engine(tmp_path / "engine", job, changes) as engine:
         result = engine.answer()
     assert result["outputs"] == [plain, plain]
+    assert result["loaded"]["evictions"] > 0
     assert result["loaded"]["cached"] <= 2 * result["loaded"]["page"]
 
 
@@ -83,7 +86,21 @@ def check(
     assert memory.peak <= capacity
     assert loaded["high_water"] <= loaded["capacity"] == capacity
     assert loaded["block_tokens"] == arguments.get("page_size", 1)
-    assert (loaded["cached"] > 0) == ("disable_radix_cache" not in arguments)
+    has_cache = "disable_radix_cache" not in arguments
+    assert (loaded["cached"] > 0) == (loaded["evictions"] > 0 or not tight) == has_cache
+    assert has_cache or loaded["hits"] == 0
+    if not tight:
+        assert (loaded["hits"], loaded["misses"]) == twice(loaded["block_tokens"])
+        assert loaded["evictions"] == 0
     assert loaded["physical"] == loaded["created"] == loaded["charge"]
     assert reset["physical"] == reset["created"] == reset["charge"]
     assert reset["charge"] <= reset["pinned"] + reset["page"], "pinned and at most one warm page"
+
+
+def twice(block: int) -> tuple[int, int]:
+    """Blocks that the prefix cache answers, and that are computed, when all prompts come twice: no
+    prompt begins as another does, and the last token is computed again, with all of its block.
+    """
+    lengths = [len(prompt) for prompt in PROMPTS]
+    found = [(length - 1) // block for length in lengths]
+    return sum(found), sum(ceil_div(length, block) for length in lengths) + len(PROMPTS)

@@ -6,7 +6,9 @@ An adapter is a module, named in the registry, that holds what differs between v
 - ``arguments(server_args)``: SGLang's settings as they are in effect, by name.
 - ``Cache``: what kvcached asks of the scheduler's prefix cache and of its requests
   (``slots.PrefixCache``).
+- ``EXPECTS``: the parameters of SGLang's functions that the rest counts on (``selftest``).
 - ``PLATFORMS``: the devices (``--device``) on which it was seen to work.
+- ``stream(scheduler)``, where a GPU may be among them: the handle of the stream of its steps.
 - ``TOGETHER``: attention backends that were seen to give right outputs where all layers of a slot
   lie together.
 """

@@ -35,7 +35,8 @@ def wrap_add_one_req(extend_tokens: Callable[[Any], int], refused: Any) -> Calla
             if engine.pages.closed:
                 return refused  # what is free here is owed to others
             # All of the prompt, also where it is taken in pieces: SGLang cannot stop in between.
-            blocks = blocks_for(extend_tokens(req), engine.block_tokens)
+            computed = extend_tokens(req)
+            blocks = blocks_for(computed, engine.block_tokens)
             with self._lock_node(req.last_node):
                 if not slots.promise(blocks):
                     return refused
@@ -48,6 +49,8 @@ def wrap_add_one_req(extend_tokens: Callable[[Any], int], refused: Any) -> Calla
                     result = original(self, req, *args, **kwargs)
             if len(self.can_run_list) == before:
                 slots.take_back(blocks)
+            else:
+                engine.pages.count_admitted(length(req) - computed, computed)
             return result
 
         return add_one_req
@@ -57,6 +60,11 @@ def wrap_add_one_req(extend_tokens: Callable[[Any], int], refused: Any) -> Calla
 
 def _runs(adder: Any) -> bool:
     return adder.running_batch is not None and len(adder.running_batch.reqs) > 0
+
+
+def length(req: Any) -> int:
+    """The tokens of a request: what it was asked and what it has answered."""
+    return len(req.origin_input_ids) + len(req.output_ids)
 
 
 def wrap_check_decode_mem(needed: Callable[..., int]) -> Callable[[Any], Any]:

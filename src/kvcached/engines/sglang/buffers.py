@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from kvcached.cache import PageMapper
-from kvcached.engines.sglang import adapter
+from kvcached.engines.sglang import adapter, device
 from kvcached.engines.sglang.build import Build
 from kvcached.errors import EngineError
 from kvcached.layout import BlockLayout, PageLimits, choose_page
@@ -66,7 +66,8 @@ def create(
     slots = [math.prod(shape) * dtype.itemsize for shape in shapes]
     runs = [sum(slots) * block_tokens] if together else [each * block_tokens for each in slots]
     layout = _layout(build, runs, size // block_tokens + 1, block_tokens)
-    backend = build.device.open_backend(0, build.ledger.lock_fd)
+    build.measure()  # the model is loaded
+    backend = build.device.open_backend(device.ordinal(build.arguments), build.ledger.lock_fd)
     zero_holes = build.config.unmapped == "zero"
     pinned = layout.page_bytes + (layout.zero_bytes if zero_holes else 0)
     member = build.ledger.attach(build.instance, build.name, pinned)
@@ -78,6 +79,7 @@ def create(
         layout,
         map_timeout_s=build.config.map_timeout_s,
         zero_holes=zero_holes,
+        on_refusal=build.measure,
     )
     arena = int8_tensor(mapper.arena)
     buffers = [
@@ -104,19 +106,19 @@ def _together(build: Build) -> bool:
 
 
 def _layout(build: Build, runs: Sequence[int], num_blocks: int, block_tokens: int) -> BlockLayout:
-    device = build.device
+    place = build.device
     blocks_per_page = choose_page(
         runs,
         block_tokens,
-        device.granularity,
-        device.page_limits,
+        place.granularity,
+        place.page_limits,
         num_blocks=num_blocks,
-        max_mappings=device.max_mappings,
+        max_mappings=place.max_mappings,
     )
     if build.config.page_bytes is not None:
-        step = choose_page(runs, block_tokens, device.granularity, _SMALLEST)
+        step = choose_page(runs, block_tokens, place.granularity, _SMALLEST)
         blocks_per_page = round_up(ceil_div(build.config.page_bytes, sum(runs)), step)
-    return BlockLayout.layer_outermost(num_blocks, runs, blocks_per_page, device.granularity)
+    return BlockLayout.layer_outermost(num_blocks, runs, blocks_per_page, place.granularity)
 
 
 def _rows(

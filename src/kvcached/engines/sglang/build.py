@@ -15,10 +15,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvcached import foreign
 from kvcached.config import Config
 from kvcached.engines import devices
 from kvcached.engines.devices import Device
 from kvcached.engines.registry import OFF
+from kvcached.engines.sglang import device
 from kvcached.errors import EngineError
 from kvcached.ledger import Ledger
 
@@ -51,6 +53,11 @@ class Build:
         """Addresses for the KV cache: what SGLang believes to have."""
         return self.config.virtual_bytes or self.ledger.capacity
 
+    def measure(self) -> None:
+        """Tells the ledger what is in use on the device beside pages."""
+        if self.device.memory is not None:
+            foreign.refresh(self.ledger, self.device.memory)
+
 
 def current() -> Build:
     """The engine that is being built. Raises EngineError outside of a scheduler's constructor."""
@@ -67,17 +74,16 @@ def building(config: Config, arguments: Mapping[str, Any], adapter: Any) -> Iter
     Raises EngineError where it cannot be elastic.
     """
     refuse_unsupported(arguments, adapter)
-    place = devices.arrange(config, 1, lambda _, chosen: devices.host(chosen, "the CPU"))
-    (device,) = place.by_rank
+    place = device.of(config, arguments)
     build = Build(
         config,
         arguments,
         secrets.token_hex(16),
         config.name or _name_of(arguments["served_model_name"]),
-        device,
+        place,
         # Before everything else: at death the kernel drops the ledger's lock after what is numbered
         # above it, the memory and the driver's own files.
-        devices.open_ledger(config, device),
+        devices.open_ledger(config, place),
     )
     token = _current.set(build)
     try:
@@ -104,9 +110,9 @@ def refuse_unsupported(arguments: Mapping[str, Any], adapter: Any) -> None:
         """Whether a setting that not every version has is used."""
         return arguments.get(name) not in (None, False, 0, "", "null", "none", [])
 
-    device = str(arguments["device"]).partition(":")[0]
+    kind = device.kind_of(arguments)
     for what, wrong in {
-        f"{device} engines with this version of SGLang": device not in adapter.PLATFORMS,
+        f"{kind} engines with this version of SGLang": kind not in adapter.PLATFORMS,
         # All ranks must see the same free amount: see docs/integration.md.
         "tensor parallelism": arguments["tp_size"] > 1,
         "pipeline parallelism": arguments["pp_size"] > 1,

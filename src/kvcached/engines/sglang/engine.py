@@ -54,6 +54,7 @@ class ElasticEngine:
             on_evict=lambda _: None,
         )
         self.slots = Slots(self.pages, self.account)
+        self._stream = 0
         self._launched = 0
         self._finished = 0
         self._dropped_at = 0  # steps launched when pages were last given up
@@ -81,9 +82,13 @@ class ElasticEngine:
     def block_tokens(self) -> int:
         return self.memory.block_tokens
 
-    def start(self, cache: PrefixCache) -> None:
-        """The scheduler is built: the engine serves from now on."""
+    def start(self, cache: PrefixCache, stream: int = 0) -> None:
+        """The scheduler is built: the engine serves from now on. Its steps run on ``stream``, as
+        ``PageMapper.apply`` has it.
+        """
         self.pages.bind(cache, self.block_tokens)
+        self._stream = stream
+        self.build.measure()
         self.account.set_ready()
         logger.info(
             "kvcached: %s on %s: %d blocks of %s, pages of %s, capacity %s",
@@ -179,7 +184,7 @@ class ElasticEngine:
     def _flush(self) -> None:
         commands = self.pages.take_commands(unmap=self._finished >= self._dropped_at)
         if commands is not None:
-            self.memory.mapper.apply(commands)
+            self.memory.mapper.apply(commands, self._stream)
         self.pages.publish()
 
 

@@ -34,12 +34,12 @@ class Cache(parts.TreeCache):
         for req, table in self.rows():
             if req.req_pool_idx is not None:
                 # A step may be under way that has taken a slot more.
-                yield table[req.req_pool_idx, : steps.length(req) + 1]
+                yield table[req.req_pool_idx, : admission.length(req) + 1]
 
 
 def _chunk_left(scheduler: Any) -> int:
     req = scheduler.chunked_req
-    return 0 if req is None else steps.length(req) - len(req.fill_ids)
+    return 0 if req is None else admission.length(req) - len(req.fill_ids)
 
 
 def _decode_blocks(batch: Any, *_: Any) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from kvcached.config import Config
 from kvcached.engines import base, registry
 from kvcached.engines.base import Seam
-from kvcached.engines.sglang import adapter, ending, finder
+from kvcached.engines.sglang import adapter, ending, finder, selftest
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,9 @@ def install(config: Config, modules: Sequence[str]) -> None:
 
 def _seams(version: str, module: str, config: Config) -> Sequence[Seam]:
     if module == finder.SCHEDULER:
-        seams: Sequence[Seam] = registry.load("sglang", version).seams(config)
+        module_of_version = registry.load("sglang", version)
+        selftest.check(version, module_of_version.EXPECTS)
+        seams: Sequence[Seam] = module_of_version.seams(config)
         return seams
     owner = importlib.import_module(module)
     return ending.server_seams(owner) if module == finder.SERVER else ending.child_seams(owner)

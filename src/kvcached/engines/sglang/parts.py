@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -80,9 +80,26 @@ def allocators(module: Any, free_slots: str = "free_pages") -> Sequence[Seam]:
 class TreeCache:
     """``slots.PrefixCache`` over SGLang's tree of prefixes, or what stands in its place without."""
 
+    EVICTING: ClassVar[Sequence[str]] = ("evict",)
+    """The tree's methods that evict; they may call each other."""
+
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.tree = scheduler.tree_cache
+        self.evicted_tokens = 0
+        for name in self.EVICTING:
+            setattr(self.tree, name, self._counting(getattr(self.tree, name)))
+
+    def _counting(self, evict: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(evict)
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            counted, before = self.evicted_tokens, self.evictable_tokens()
+            result = evict(*args, **kwargs)
+            # Not added to what calls inside of this one have counted.
+            self.evicted_tokens = counted + before - self.evictable_tokens()
+            return result
+
+        return counting
 
     def evictable_tokens(self) -> int:
         return int(self.tree.evictable_size() or 0)  # without a tree some versions say None

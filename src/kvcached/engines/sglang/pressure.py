@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 from typing import Any
 
+from kvcached.engines import surroundings
 from kvcached.engines.sglang.engine import ElasticEngine
-from kvcached.errors import LedgerBusyError, LedgerError
 from kvcached.journal import Journal
-
-logger = logging.getLogger(__name__)
-
-TICK_S = 5.0  # how often an engine looks for dead instances
 
 
 def follow(engine: ElasticEngine, sleeper: Any) -> None:
@@ -47,17 +42,13 @@ def _answering(maybe_sleep: Any, bell: int) -> Any:
 
 def _follow(engine: ElasticEngine, bell: int | None) -> None:
     account, ledger = engine.account, engine.build.ledger
+    memory = engine.build.device.memory
     seen = account.pressure_seq
     journal = Journal(ledger, engine.build.instance)
     while ledger.core.usable:
-        now = account.wait_pressure(seen, TICK_S)
-        if now == seen:
-            try:
-                ledger.reap()
-            except LedgerBusyError as error:
-                logger.warning("kvcached: %s", error)
-            except LedgerError:
-                return
+        now = account.wait_pressure(seen, surroundings.tick_s(memory))
+        if now == seen and not surroundings.look_around(ledger, memory):
+            return
         if bell is not None and account.pressed():
             os.eventfd_write(bell, 1)
         seen = now

@@ -21,6 +21,9 @@ from kvcached.units import ceil_div
 class PrefixCache(Protocol):
     """What kvcached asks of SGLang's prefix cache, and of the requests that hold parts of it."""
 
+    evicted_tokens: int
+    """Slots that the cache has given up so far, whoever asked for it."""
+
     def evictable_tokens(self) -> int:
         """Slots that no request needs. Any thread may ask."""
 
@@ -40,6 +43,8 @@ class SlotPages(PagePool):
     cache: PrefixCache | None = None
     aside: list[int]
     _counted: tuple[tuple[int, ...], int] = ((), 0)  # when, and what
+    _found = 0  # blocks that the cache answered
+    _computed = 0
 
     def bind(self, cache: PrefixCache, block_tokens: int) -> None:
         """Names the cache; called once, before any block is cached."""
@@ -52,6 +57,15 @@ class SlotPages(PagePool):
 
     def blocks_in_use(self) -> int:
         return self.blocks.used_blocks - self.evictable_blocks()
+
+    def count_admitted(self, found: int, computed: int) -> None:
+        """A request was admitted: tokens whose prefix the cache had, and tokens to be computed."""
+        self._found += found // self.block_tokens
+        self._computed += ceil_div(computed, self.block_tokens)
+
+    def cache_counts(self) -> tuple[int, int, int]:
+        evicted = 0 if self.cache is None else self.cache.evicted_tokens // self.block_tokens
+        return self._found, self._computed, evicted
 
     def idle_pages(self) -> int:
         """Pages of which only the cache holds blocks.

@@ -9,7 +9,7 @@ from typing import Any
 from kvcached import watch
 from kvcached.config import Config
 from kvcached.engines.sglang import adapter, pressure
-from kvcached.engines.sglang.admission import engine_of
+from kvcached.engines.sglang.admission import engine_of, length
 from kvcached.engines.sglang.build import building
 from kvcached.engines.sglang.engine import ElasticEngine
 from kvcached.engines.sglang.slots import View
@@ -34,7 +34,8 @@ def wrap_init(config: Config) -> Callable[[Any], Any]:
                     "is not elastic"
                 )
             self.kvcached_longest = (self.max_req_len, self.max_req_input_len)
-            engine.start(module.Cache(self))
+            on_gpu = engine.build.device.memory is not None
+            engine.start(module.Cache(self), module.stream(self) if on_gpu else 0)
             pressure.follow(engine, getattr(self, "idle_sleeper", None))
 
         return __init__
@@ -69,11 +70,6 @@ def wrap_get_next_batch(
         return get_next_batch_to_run
 
     return replace
-
-
-def length(req: Any) -> int:
-    """The tokens of a request: what it was asked and what it has answered."""
-    return len(req.origin_input_ids) + len(req.output_ids)
 
 
 def _bound_requests(scheduler: Any, engine: ElasticEngine) -> None:

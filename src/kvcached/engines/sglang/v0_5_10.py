@@ -12,19 +12,24 @@ from sglang.srt.model_executor import model_runner_kv_cache_mixin
 
 from kvcached.config import Config
 from kvcached.engines.base import Seam, substituted
-from kvcached.engines.sglang import build, family_0_5, kv_pools, parts, steps
+from kvcached.engines.sglang import admission, build, expects, family_0_5, kv_pools, parts, steps
 from kvcached.engines.sglang.family_0_5 import Cache, arguments
 from kvcached.engines.sglang.parts import TOGETHER
 from kvcached.errors import EngineError
 
-__all__ = ["PLATFORMS", "TOGETHER", "Cache", "arguments", "seams"]
+__all__ = ["EXPECTS", "PLATFORMS", "TOGETHER", "Cache", "arguments", "seams"]
 
 PLATFORMS = ("cpu",)
+_MIXIN = "sglang.srt.model_executor.model_runner_kv_cache_mixin:ModelRunnerKVCacheMixin"
+EXPECTS = {
+    **expects.V0_5_10,
+    f"{_MIXIN}.profile_max_num_token": "self, pre_model_load_memory",
+}
 
 
 def _chunk_left(scheduler: Any) -> int:
     req = scheduler.chunked_req
-    return 0 if req is None else steps.length(req) - len(req.fill_ids)
+    return 0 if req is None else admission.length(req) - len(req.fill_ids)
 
 
 def _max_num_token(original: Any) -> Any:

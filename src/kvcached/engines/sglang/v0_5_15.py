@@ -12,18 +12,28 @@ from sglang.srt.model_executor import model_runner_kv_cache_mixin
 
 from kvcached.config import Config
 from kvcached.engines.base import Seam
-from kvcached.engines.sglang import family_0_5, kv_pools, parts, steps
+from kvcached.engines.sglang import expects, family_0_5, kv_pools, parts, steps
 from kvcached.engines.sglang.family_0_5 import Cache, arguments
 from kvcached.engines.sglang.parts import TOGETHER
 
-__all__ = ["PLATFORMS", "TOGETHER", "Cache", "arguments", "seams"]
+__all__ = ["EXPECTS", "PLATFORMS", "TOGETHER", "Cache", "arguments", "seams"]
 
 PLATFORMS = ("cpu",)
+_MIXIN = "sglang.srt.model_executor.model_runner_kv_cache_mixin:ModelRunnerKVCacheMixin"
+EXPECTS = {
+    **expects.V0_5_15,
+    f"{_MIXIN}._profile_available_bytes": "self, pre_model_load_memory",
+}
 
 
 def _chunk_left(scheduler: Any) -> int:
     req = scheduler.chunked_req
     return 0 if req is None else len(req.full_untruncated_fill_ids) - int(req.extend_range.end)
+
+
+def stream(scheduler: Any) -> int:
+    """The handle of the CUDA stream on which steps run."""
+    return int(scheduler.forward_stream.cuda_stream)
 
 
 _PARTS = parts.Parts(

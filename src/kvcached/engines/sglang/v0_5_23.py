@@ -14,13 +14,18 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 from kvcached.config import Config
 from kvcached.engines.base import Seam
-from kvcached.engines.sglang import family_0_5, kv_pools, parts, steps
+from kvcached.engines.sglang import expects, family_0_5, kv_pools, parts, steps
 from kvcached.engines.sglang.parts import TOGETHER
 from kvcached.errors import EngineError
 
-__all__ = ["PLATFORMS", "TOGETHER", "Cache", "arguments", "seams"]
+__all__ = ["EXPECTS", "PLATFORMS", "TOGETHER", "Cache", "arguments", "seams"]
 
 PLATFORMS = ("cpu",)
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator"
+EXPECTS = {
+    **expects.V0_5_23,
+    f"{_CONFIGURATOR}._profile_available_bytes": "self, pre_model_load_memory",
+}
 
 
 def arguments(server_args: Any) -> Mapping[str, Any]:
@@ -31,6 +36,8 @@ def arguments(server_args: Any) -> Mapping[str, Any]:
 
 class Cache(family_0_5.Cache):
     """See ``slots.PrefixCache``."""
+
+    EVICTING = ("evict", "evict_for_alloc")
 
     def held_slots(self) -> Iterator[torch.Tensor]:
         for req, table in self.rows():

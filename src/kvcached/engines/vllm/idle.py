@@ -14,20 +14,17 @@ from typing import Any
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.request import RequestStatus
 
-from kvcached import foreign, watch
+from kvcached import watch
+from kvcached.engines import surroundings
 from kvcached.engines.vllm.device import Device
 from kvcached.engines.vllm.scheduler import ElasticScheduler
-from kvcached.errors import EngineError, LedgerBusyError, LedgerError, UnavailableError
-from kvcached.foreign import Memory
+from kvcached.errors import EngineError
 from kvcached.journal import Journal
 from kvcached.ledger import Account, Ledger
 from kvcached.pages import PagePool
 from kvcached.sharing import FairShare
 
 logger = logging.getLogger(__name__)
-
-TICK_S = 5.0  # how often an idle engine looks for dead instances
-FOREIGN_TICK_S = 1.0  # and how often at what others use on a device that is not for pages alone
 
 
 def attach(engine: Any) -> None:
@@ -70,13 +67,13 @@ def follow_pressure(
     logs what happens there.
     """
     memory = device.memory
-    tick = TICK_S if memory is None else FOREIGN_TICK_S
+    tick = surroundings.tick_s(memory)
     fair = FairShare(account, pages.page_bytes)
     seen = account.pressure_seq
     journal = Journal(ledger, instance)
     while ledger.core.usable:
         now = account.wait_pressure(seen, tick)
-        if now == seen and not _look_around(ledger, memory):
+        if now == seen and not surroundings.look_around(ledger, memory):
             return
         # Also without a call for it: what others use on the device may have grown.
         if fair.pressed():
@@ -86,19 +83,6 @@ def follow_pressure(
                 wake()
         seen = now
         journal.look()
-
-
-def _look_around(ledger: Ledger, memory: Memory | None) -> bool:
-    """Clears the rows of the dead and measures what others use; False once the ledger is closed."""
-    try:
-        ledger.reap()
-        if memory is not None:
-            foreign.keep_fresh(ledger, memory, 0.9 * FOREIGN_TICK_S)
-    except (LedgerBusyError, UnavailableError) as error:
-        logger.warning("kvcached: %s", error)
-    except LedgerError:
-        return False
-    return True
 
 
 def _wake_by_message(engine: Any) -> Any:

@@ -8,8 +8,6 @@ message: an engine that only seems to be elastic is worse than one that does not
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import vllm
 
 from kvcached.cache import PageMapper
-from kvcached.engines import registry
+from kvcached.engines import registry, signatures
 from kvcached.engines.vllm import adapter
 from kvcached.errors import EngineError
 from kvcached.vmm_ops import Arena
@@ -26,7 +24,7 @@ from kvcached.vmm_ops import Arena
 def check_front(expects: ModuleType) -> None:
     """Checks what kvcached replaces or calls in every process (``expects.FRONT``)."""
     for name, parameters in expects.FRONT.items():
-        _check(name, _look_up(name), parameters)
+        _check(name, signatures.look_up(name), parameters)
 
 
 def check_base(kind: str, base: type) -> None:
@@ -36,7 +34,7 @@ def check_base(kind: str, base: type) -> None:
     expects = adapter.current().expects
     for name, parameters in (expects.SCHEDULER if kind == "scheduler" else expects.WORKER).items():
         if ":" in name:
-            _check(name, _look_up(name), parameters)
+            _check(name, signatures.look_up(name), parameters)
         else:
             owner = f"{base.__module__}:{base.__qualname__}"
             _check(f"{owner}.{name}", speaking(base, name), parameters)
@@ -105,49 +103,10 @@ def _tensors(kv_caches: Any) -> Iterator[Any]:
         yield kv_caches
 
 
-def _look_up(name: str) -> Any:
-    """What ``module:attribute.attribute`` names; None where it is not there."""
-    module, _, path = name.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-    except ImportError:
-        return None
-    for attribute in path.split("."):
-        found = getattr(found, attribute, None)
-    return found
-
-
 def _check(name: str, found: Any, parameters: str) -> None:
-    if found is None or _only_declared(found):
-        raise _changed(f"{name} is not there")
-    has = rendered(found)
-    if has != parameters:
-        raise _changed(f"{name} takes ({has}), and kvcached counts on ({parameters})")
-
-
-def _only_declared(function: Any) -> bool:
-    """Whether it is a base class's word that there should be such a method."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return getattr(function, "__isabstractmethod__", False) or (
-        code is not None and code.co_names == ("NotImplementedError",)
-    )
-
-
-def rendered(function: Any) -> str:
-    """The parameters of a function as ``expects`` writes them: ``=`` for a default."""
-    words, after_star = [], False
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            after_star = True
-            words.append(f"*{parameter.name}")
-            continue
-        if parameter.kind is parameter.KEYWORD_ONLY and not after_star:
-            after_star = True
-            words.append("*")
-        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
-        default = "" if parameter.default is parameter.empty else "="
-        words.append(f"{stars}{parameter.name}{default}")
-    return ", ".join(words)
+    what = signatures.difference(name, found, parameters)
+    if what is not None:
+        raise _changed(what)
 
 
 def _changed(what: str) -> EngineError:
