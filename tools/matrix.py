@@ -49,7 +49,21 @@ version has an environment of its own (`tools/setup_env.py`, `tools/setup_sglang
 At start, in the engine's own processes, kvcached compares the signatures and attributes that it
 counts on with those of the engine that is there, and refuses by name what has changed; it looks
 whether the KV cache lies where it maps memory, and whether the first step's pages are mapped
-([integration](integration.md)).
+([integration](integration.md)). Of SGLang the signatures are compared.
+
+**SGLang on a GPU** has not been run, and is refused. What it computes with there (`sglang-kernel`,
+FlashInfer) is some hundreds of megabytes, more than could be carried to the machine with a GPU that
+was there, which reaches no package index. There is a way without: SGLang 0.5.15, which is made for
+that machine's PyTorch 2.11, with attention in Triton and everything else in plain torch, which each
+of its operations has beside the kernel. It and what it imports are 29 MiB (`benchmarks/gpu`,
+`sglang_pack.py`), and without a GPU it has been seen to import completely as it would on one, with
+kvcached in place; `sglang_equality.py` compares its answers with those of plain SGLang and of
+transformers. Not begun: room for the weights of an engine that starts beside full ones, as vLLM's
+have it.
+
+**DeepSeek's latent attention (MLA) with SGLang on a CPU** runs with one change to SGLang, in
+`tests/sglang/test_mla.py`: its `torch_native` attention reads the KV cache for prompts without a
+cached prefix, for which SGLang does not fill it with what that attention expects.
 """
 
 
