@@ -37,8 +37,8 @@ from harness import (
     p99,
     wait_until,
 )
-
 from kvcached.demo.processes import session_processes
+
 from kvcached.errors import KvcachedError
 from kvcached.ledger import Ledger
 

@@ -48,7 +48,7 @@ def speaking(base: type, name: str, after: type | None = None) -> Any:
     bases = base.__mro__
     for owner in bases[bases.index(after) + 1 if after else 0 :]:
         found = owner.__dict__.get(name)
-        if found is not None and rendered(found) != "self, *args, **kwargs":
+        if found is not None and signatures.rendered(found) != "self, *args, **kwargs":
             return found
     return None
 
