@@ -362,6 +362,18 @@ def test_close_leaves_mapped_what_a_fence_still_holds(one: Instance) -> None:
     assert device.backend.live_fences() == 0
 
 
+def test_close_keeps_nothing_that_comes_out_of_quarantine(one: Instance) -> None:
+    one.submit(needed=[1])
+    one.wait([1])
+    with failing(one.device, 1, code="driver", operation="unmap", times=FOR_GOOD):
+        one.submit(unmap=[1])
+        until(lambda: one.arena.quarantined_bytes() > 0)
+        assert one.mapper.drain(PATIENCE_S)
+    one.mapper.close()
+    assert one.arena.quarantined_bytes() == one.arena.pooled_bytes() == 0
+    assert one.member.held() == one.account.charge() == one.page, "the pinned page"
+
+
 def test_without_a_place_in_the_ledger_nothing_is_mapped(one: Instance) -> None:
     one.member.close()
     with pytest.raises(LedgerError, match="place in the ledger"):

@@ -301,7 +301,10 @@ int stress(const char* self, double seconds, uint64_t seed) {
       must(each->mapper->check(), "the mapper at the end");
       each->mapper->close();  // tries once more to give back what was refused
       if (!done || each->member->held() != 0 || each->probe->created_bytes() != 0) {
-        fail("%ld bytes are left of %s", (long)each->member->held(), each->name.c_str());
+        fail("%ld bytes are left of %s, of which %ld exist and %ld are in quarantine (%s); %s",
+             (long)each->member->held(), each->name.c_str(), (long)each->probe->created_bytes(),
+             (long)each->arena->quarantined_bytes(), each->arena->last_failure().c_str(),
+             done ? "idle" : "not idle");
       }
       // Closing races with those that still ask.
       std::thread reader([each] {
