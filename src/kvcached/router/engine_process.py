@@ -18,6 +18,7 @@ from kvcached.router.logs import EngineLog
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.05
+_READ = 64 * 1024
 _KILL_LIMIT_S = 60.0
 _LAST_WORDS_S = 1.0
 
@@ -107,15 +108,29 @@ class EngineProcess:
 
 
 async def _follow(descriptor: int, log: EngineLog) -> None:
-    reader = asyncio.StreamReader()
-    with open(descriptor, "rb", buffering=0) as stream:
-        pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), stream
-        )
-        try:
-            await log.follow(reader)
-        finally:
-            pipe.close()
+    """Reads until the last process that holds the pipe has ended; closes it.
+
+    Without a transport: uvloop's closes a pipe once more than it may, by when its number can be
+    that of a client's connection.
+    """
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+
+    def readable() -> None:
+        with contextlib.suppress(BlockingIOError):
+            if printed := os.read(descriptor, _READ):
+                log.take(printed)
+            elif not ended.done():
+                ended.set_result(None)
+
+    os.set_blocking(descriptor, False)
+    loop.add_reader(descriptor, readable)
+    try:
+        await ended
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+        log.end()
 
 
 def free_port() -> int:

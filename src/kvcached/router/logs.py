@@ -4,7 +4,6 @@ rotates, and the last ones kept for the error that says why a start failed.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import logging.handlers
 import re
@@ -15,7 +14,6 @@ from kvcached.router.settings import LogSettings
 
 KEPT_LINES = 200
 MAX_LINE = 16 * 1024  # bytes; longer ones are cut into several
-_READ = 64 * 1024
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 
 
@@ -29,6 +27,7 @@ class EngineLog:
         self.path = None
         self._show = show
         self._name = name
+        self._rest = b""
         self._last: deque[str] = deque(maxlen=KEPT_LINES)
         self._file: logging.handlers.RotatingFileHandler | None = None
         if settings.folder is not None:
@@ -56,18 +55,19 @@ class EngineLog:
         """The last lines since ``begin``."""
         return "\n".join(list(self._last)[-lines:])
 
-    async def follow(self, stream: asyncio.StreamReader) -> None:
-        """Takes all lines until the stream ends."""
-        rest = b""
-        while chunk := await stream.read(_READ):
-            *lines, rest = (rest + chunk).split(b"\n")
-            while len(rest) > MAX_LINE:
-                lines.append(rest[:MAX_LINE])
-                rest = rest[MAX_LINE:]
-            for line in lines:
-                self.add(line.decode("utf-8", "replace").rstrip("\r"))
-        if rest:
-            self.add(rest.decode("utf-8", "replace"))
+    def take(self, printed: bytes) -> None:
+        """What the engine printed next, in whatever pieces it comes."""
+        *lines, self._rest = (self._rest + printed).split(b"\n")
+        while len(self._rest) > MAX_LINE:
+            lines.append(self._rest[:MAX_LINE])
+            self._rest = self._rest[MAX_LINE:]
+        for line in lines:
+            self.add(line.decode("utf-8", "replace").rstrip("\r"))
+
+    def end(self) -> None:
+        """The engine prints nothing more: what it left of a line is one."""
+        if self._rest:
+            self.take(b"\n")
 
     def close(self) -> None:
         """Closes the file."""
