@@ -37,10 +37,10 @@ from harness import (
     p99,
     wait_until,
 )
-from kvcached.demo.processes import session_processes
 
 from kvcached.errors import KvcachedError
 from kvcached.ledger import Ledger
+from kvcached.processes import session_processes
 
 CAPACITY = 12 * MIB
 KINDS = ("api", "core", "worker")
