@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,8 @@ from kvcached.router.openapi import description
 from kvcached.router.queues import Gate
 from kvcached.router.settings import ServeSettings
 from kvcached.router.upstream import Upstream
+
+logger = logging.getLogger(__name__)
 
 Status = Callable[[], Mapping[str, Any]]
 
@@ -97,6 +100,7 @@ class Router:
             *(self.metrics, self._limits, self._settings.max_body),
         )
         follower = asyncio.get_running_loop().create_task(self._follow_memory())
+        follower.add_done_callback(_followed)
         try:
             yield
         finally:
@@ -179,6 +183,12 @@ class Router:
         del request
         names = None if self._settings.api_keys else [*self._names]
         return JSONResponse(description(kvcached.__version__, names))
+
+
+def _followed(follower: asyncio.Task[None]) -> None:
+    """A fault of ours must not go unseen: without the ledgers memory seems never to be short."""
+    if not follower.cancelled() and (error := follower.exception()) is not None:
+        logger.critical("the router does not follow the ledgers any more", exc_info=error)
 
 
 async def _health(request: Request) -> Response:
