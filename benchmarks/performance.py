@@ -1,0 +1,213 @@
+#!/usr/bin/env python3
+"""Makes the tables of docs/performance.md from the results in benchmarks/results.
+
+They stand between two lines that say so; what is around them is written by hand. ``--check``
+changes nothing and fails where the page differs from what it would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN = "<!-- made by benchmarks/performance.py from benchmarks/results: change those -->"
+END = "<!-- end of what benchmarks/performance.py makes -->"
+
+Rows = Iterable[Iterable[object]]
+
+
+def table(headings: Iterable[str], rows: Rows) -> str:
+    heads = list(headings)
+    lines = [heads, ["---"] * len(heads), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def fragmentation(result: Mapping[str, Any]) -> str:
+    sizes = list(dict.fromkeys(run["page_mib"] for run in result["runs"]))
+    kinds = list(dict.fromkeys((run["mode"], run["at_once"]) for run in result["runs"]))
+    by_key = {(run["mode"], run["at_once"], run["page_mib"]): run for run in result["runs"]}
+    words = {
+        "steady": "always so many requests",
+        "day": "arrivals of a day",
+        "compacted": "arrivals of a day, compacted",
+        "cached": "arrivals of a day, prefix cache, memory full",
+    }
+    rows = [
+        [words[mode], count, *(_ratio(by_key.get((mode, count, size))) for size in sizes)]
+        for mode, count in kinds
+    ]
+    return (
+        f"Mapped bytes over bytes in use or cached, {result['hours']:g} simulated hours (in "
+        "brackets the 99th percentile of samples ten seconds apart); blocks of an 8B model.\n\n"
+        + table(["", "requests at once", *(f"{size} MiB pages" for size in sizes)], rows)
+    )
+
+
+def _ratio(run: Mapping[str, Any] | None) -> str:
+    return "" if run is None else f"{run['ratio']['of_sums']:.3f} ({run['ratio']['p99']:.2f})"
+
+
+def simulate(result: Mapping[str, Any]) -> str:
+    needs = result["needed"]
+    words = {
+        "elastic": "one KV budget a GPU",
+        "even": "equal parts",
+        "load": "parts by mean load",
+        "swap": "one model awake at a time",
+    }
+    gpus = list(dict.fromkeys(run["gpus"] for run in result["runs"]))
+    by_key = {(run["side"], run["gpus"]): run for run in result["runs"]}
+    rows = [
+        [
+            words[side],
+            needs[side] or f"more than {gpus[-1]}",
+            *(f"{by_key[side, count]['slo']:.2%}" for count in gpus),
+        ]
+        for side in needs
+    ]
+    slo = result["slo"]
+    return (
+        f"{result['models']} models ({', '.join(result['mix'])} in turn), {result['requests']} "
+        f"requests in {result['minutes']:g} simulated minutes; SLO: first token within "
+        f"{slo['ttft_s']:g} s, then {1e3 * slo['tpot_s']:g} ms a token. Requests that meet it, by "
+        "number of GPUs, and the smallest number with which "
+        f"{slo['part']:.0%} do:\n\n"
+        + table(["", "GPUs needed", *(f"{count} GPUs" for count in gpus)], rows)
+    )
+
+
+def scale(result: Mapping[str, Any]) -> str:
+    parts = {
+        "blocks": "blocks in a pool",
+        "instances": "instances on a ledger",
+        "standings": "accounts, the policy's arithmetic alone",
+        "pages": "bytes of a page",
+    }
+    texts = []
+    for part, words in parts.items():
+        sizes = list(result[part])
+        rows = [
+            [key.removesuffix("_us"), *(f"{result[part][size][key]:.3f}" for size in sizes), times]
+            for key, times in result["growth"][part].items()
+        ]
+        texts.append(f"By {words}, µs:\n\n" + table(["", *sizes, "growth"], rows))
+    return "\n\n".join(texts)
+
+
+def elasticity(result: Mapping[str, Any]) -> str:
+    mib = result["page_bytes"] / (1 << 20)
+    rows = [
+        ["open", result["open_ms"], "", ""],
+        ["the first page's blocks", result["first_blocks_ms"], "", ""],
+    ]
+    rows += [
+        [words, *(result[f"{way}{unit}"] for unit in ("_ms", "_slowest_ms", "_gib_per_s"))]
+        for way, words in (("grow", "grow by the others"), ("shrink", "give all back"))
+    ]
+    return (
+        f"{result['pages']} pages of {mib:g} MiB on {result['backend']}, medians of "
+        f"{result['rounds']} rounds; {result['rest_pages']} pages are held at rest.\n\n"
+        + table(["", "ms", "slowest", "GiB/s"], rows)
+    )
+
+
+def multi_llm(result: Mapping[str, Any]) -> str:
+    rows = []
+    for row in result["comparison"]:
+        if row["group"] not in ("all", "peaks"):
+            continue
+        cells = [row["point"], row["group"]]
+        for key in ("ttft_s", "tpot_s"):
+            for figure in ("mean", "p99"):
+                cells.append(_both(result, row, key, figure))
+        cells.append(f"{row['slo_static']:.1%} / {row['slo_elastic']:.1%}")
+        rows.append(cells)
+    heads = ["peaks", "requests", "TTFT mean", "TTFT p99", "TPOT mean", "TPOT p99", "SLO"]
+    return (
+        f"{', '.join(result['shapes'])} on one GPU, {result['kv_bytes'] / (1 << 30):g} GiB of KV "
+        "cache in all; static / elastic, and how many times longer static takes.\n\n"
+        + table(heads, rows)
+    )
+
+
+def _both(result: Mapping[str, Any], row: Mapping[str, Any], key: str, figure: str) -> str:
+    values = [
+        result["sides"][side]["points"][row["point"]][row["group"]][key].get(figure)
+        for side in ("static", "elastic")
+    ]
+    if None in values:
+        return ""
+    return f"{1e3 * values[0]:.0f} / {1e3 * values[1]:.0f} ms ({row[f'{key}_{figure}']:.2f})"
+
+
+MAKERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "fragmentation": fragmentation,
+    "simulate": simulate,
+    "scale": scale,
+    "elasticity": elasticity,
+    "multi_llm": multi_llm,
+}
+TITLES = {
+    "multi_llm": "Several models under intermittent peaks",
+    "fragmentation": "Fragmentation",
+    "simulate": "Fleets, simulated",
+    "elasticity": "Growing and shrinking",
+    "scale": "Scale",
+}
+
+
+def section(name: str, kept: Mapping[str, Any]) -> str:
+    """One result: its title, where it comes from, its tables."""
+    result = kept["result"]
+    kind = result["benchmark"]
+    about = ", ".join(f"{key} {value}" for key, value in kept["versions"].items())
+    return (
+        f"### {TITLES[kind]} (`{name}.json`)\n\n"
+        f"{kept['machine']}; {about}; {kept['date']}; `{kept['command']}`\n\n"
+        f"{MAKERS[kind](result)}\n"
+    )
+
+
+def made(results: Path) -> str:
+    """Everything that is made, in the order of ``TITLES``."""
+    kept = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    order = sorted(kept, key=lambda name: (list(TITLES).index(_kind(kept[name])), name))
+    return "\n".join(section(name, kept[name]) for name in order)
+
+
+def _kind(kept: Mapping[str, Any]) -> str:
+    return str(kept["result"]["benchmark"])
+
+
+def page(text: str, content: str) -> str:
+    """The page with its made part replaced. Raises ValueError where it has none."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError("the page lacks the two lines between which tables are made")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{content}\n{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say whether it would change")
+    options = parser.parse_args()
+    text = PAGE.read_text()
+    changed = page(text, made(RESULTS))
+    if options.check:
+        if changed != text:
+            print(f"{PAGE} is not what {RESULTS} make of it: run benchmarks/performance.py")
+        return int(changed != text)
+    PAGE.write_text(changed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
