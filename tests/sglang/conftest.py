@@ -49,18 +49,13 @@ def what_runs(
     request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
 ) -> None:
     """For the support matrix (``tools/matrix.py``): whether a real engine runs a real model."""
-    runs_a_model = {"model", "mla_model"} & {*request.fixturenames}
+    runs_a_model = "model" in request.fixturenames
     record_property("runs", "real engine" if runs_a_model else "real classes")
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(tmp_path_factory.mktemp("tiny"), "llama")
-
-
-@pytest.fixture(scope="session")
-def mla_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("mla"), "mla")
 
 
 def made(folder: Path, kind: str) -> Path:
@@ -73,11 +68,6 @@ def made(folder: Path, kind: str) -> Path:
 def reference(model: Path) -> list[list[int]]:
     """What transformers answers in float32."""
     return answered_by_transformers(model)
-
-
-@pytest.fixture(scope="session")
-def mla_reference(mla_model: Path) -> list[list[int]]:
-    return answered_by_transformers(mla_model)
 
 
 def answered_by_transformers(model: Path) -> list[list[int]]:
