@@ -30,7 +30,7 @@ def table(headings: Iterable[str], rows: Rows) -> str:
 
 
 def fragmentation(result: Mapping[str, Any]) -> str:
-    sizes = list(dict.fromkeys(run["page_mib"] for run in result["runs"]))
+    sizes = sorted({run["page_mib"] for run in result["runs"]})
     kinds = list(dict.fromkeys((run["mode"], run["at_once"]) for run in result["runs"]))
     by_key = {(run["mode"], run["at_once"], run["page_mib"]): run for run in result["runs"]}
     words = {
