@@ -1,0 +1,1 @@
+"""`kvcached serve` over several hosts, on Ray. Only `hosts.ray_nodes` imports Ray."""
