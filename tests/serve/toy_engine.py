@@ -44,7 +44,19 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def _refused(self) -> bool:
+        """As vLLM, it wants its key for what begins with /v1, and for nothing else."""
+        key = os.environ.get("VLLM_API_KEY")
+        if not key or not self.path.startswith("/v1"):
+            return False
+        if self.headers.get("Authorization") == f"Bearer {key}":
+            return False
+        self._answer({"error": "Unauthorized"}, 401)
+        return True
+
     def do_GET(self) -> None:
+        if self._refused():
+            return
         if self.path == "/health":
             time.sleep(float(os.environ.get("TOY_HEALTH_S", "0")))
             self._answer({})
@@ -63,6 +75,8 @@ class Handler(BaseHTTPRequestHandler):
         where = urlsplit(self.path)
         query = parse_qs(where.query)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self._refused():
+            return
         self.toy.record(f"POST {self.path} {body.decode()}".rstrip())
         if where.path in os.environ.get("TOY_REFUSES", "").split(","):
             self._answer({"error": "no"}, 500)

@@ -16,7 +16,7 @@ MAX_LINES = 400
 
 ENGINES = {"vllm", "sglang"}
 REGISTRY = "kvcached.engines.registry"
-ROOMS = ("engines", "cli", "router", "demo", "bench")  # everything else is the core
+ROOMS = ("engines", "cli", "router", "hosts", "demo", "bench")  # everything else is the core
 
 # Functions at a process's edge, where an exception of any kind must become a report.
 BROAD_EXCEPT_ALLOWED: set[str] = set()
@@ -78,7 +78,9 @@ def test_engines_know_neither_tools_nor_each_other(path: Path) -> None:
             assert _inside(module, f"kvcached.engines.{own}"), module
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if _room(p) in ("cli", "router")], ids=_name)
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if _room(p) in ("cli", "router", "hosts")], ids=_name
+)
 def test_tools_import_no_torch_and_no_engine(path: Path) -> None:
     for module in _imports(path):
         assert _top(module) not in ENGINES | {"torch"}, module
@@ -93,10 +95,21 @@ def test_the_registry_of_versions_imports_no_engine() -> None:
         assert not _inside(module, "kvcached.engines") and _top(module) not in ENGINES, module
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if _room(p) == "router"], ids=_name)
+@pytest.mark.parametrize("path", [p for p in SOURCES if _room(p) in ("router", "hosts")], ids=_name)
 def test_the_router_is_no_command(path: Path) -> None:
     for module in _imports(path):
-        assert not _inside(module, "kvcached.cli") and _top(module) != "ray", module
+        assert not _inside(module, "kvcached.cli"), module
+
+
+RAY_NODES = PACKAGE / "hosts" / "ray_nodes.py"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p != RAY_NODES], ids=_name)
+def test_ray_is_imported_in_one_file_and_several_hosts_in_one_command(path: Path) -> None:
+    for module in _imports(path):
+        assert _top(module) != "ray", module
+        if _room(path) != "hosts" and path != PACKAGE / "cli" / "serve.py":
+            assert not _inside(module, "kvcached.hosts"), module
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)

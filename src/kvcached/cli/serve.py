@@ -17,6 +17,9 @@ from kvcached.cli.output import columns, document
 from kvcached.config import child_environment
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvcached.router.service import ElsewhereEngines
     from kvcached.router.settings import ServeSettings
     from kvcached.router.settings_file import Problem
 
@@ -167,4 +170,22 @@ def _run(settings: ServeSettings, as_json: bool) -> int:
     def show(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    return 0 if uvloop.run(service.run(settings, _environment(), show, announce)) else FAILED
+    try:
+        elsewhere = None if settings.hosts is None else _on_hosts(settings, show)
+    except ModuleNotFoundError as error:
+        complain("kvcached", f"{error}; several hosts need: pip install 'kvcached[ray]'")
+        return FAILED
+    ran = service.run(settings, _environment(), show, announce, elsewhere)
+    return 0 if uvloop.run(ran) else FAILED
+
+
+def _on_hosts(
+    settings: ServeSettings, show: Callable[[str], None]
+) -> Callable[[], ElsewhereEngines]:
+    """Joins the cluster. Ray is imported here and nowhere else."""
+    assert settings.hosts is not None
+    from kvcached.hosts.engines import HostedEngines
+    from kvcached.hosts.ray_nodes import RayCluster
+
+    cluster = RayCluster(settings.hosts)
+    return lambda: HostedEngines(settings, cluster, show)

@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 import kvcached
 from kvcached.router import admission, memory
-from kvcached.router.engines import Engines, Limits
+from kvcached.router.engines import NO_HEADERS, Engines, Limits
 from kvcached.router.errors import ApiError, form, not_found
 from kvcached.router.exchange import Receive, Scope, Send
 from kvcached.router.forward import ENDPOINTS, Forward
@@ -54,9 +54,11 @@ class Router:
         status: Status = _nothing,
         pressure: Pressure | None = None,
         limits: Limits | None = None,
+        engine_headers: Mapping[str, str] = NO_HEADERS,
     ) -> None:
         """``upstreams`` has one engine for each of the settings' models, in any order. ``status``
         is what the supervisor says of them. Without ``pressure`` memory is never short.
+        ``engine_headers`` go with every request to an engine.
         """
         by_name = {upstream.name: upstream for upstream in upstreams}
         lines = [Line(by_name[m.name], m.queue, m.slo) for m in settings.models]
@@ -68,6 +70,7 @@ class Router:
         self._status = status
         self._pressure = pressure
         self._limits = limits or Limits()
+        self._engine_headers = engine_headers
         self._began_s = int(time.time())
         self._forward: Forward | None = None
         self._pages = self._other_pages()
@@ -94,7 +97,7 @@ class Router:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         del app
-        engines = Engines(self._limits, self.metrics.retried)
+        engines = Engines(self._limits, self.metrics.retried, self._engine_headers)
         self._forward = Forward(
             *(self.gate, self._names, self._keys, engines),
             *(self.metrics, self._limits, self._settings.max_body),

@@ -15,7 +15,8 @@ from kvcached.errors import ConfigError, UnavailableError
 from kvcached.router.settings import ModelSettings, ServeSettings, Where
 from kvcached.units import Share
 
-HOST = "127.0.0.1"  # engines ask for no key: only the router may reach them
+HOST = "127.0.0.1"
+_KEY_OF_VLLM = "VLLM_API_KEY"
 # What the service says itself: an engine that listened elsewhere would be lost.
 _OURS = frozenset(
     {"host", "port", "uds", "served-model-name", "model", "model-path", "api-key"}
@@ -37,13 +38,34 @@ class EngineCommand:
     environment: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Where engines listen, and the key that they ask for."""
+
+    host: str = HOST
+    """An address of this machine. Without a key only this machine may reach it."""
+    key: str = ""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request to an engine needs."""
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+
+HERE = Reach()
+
+
 def engine_command(
-    settings: ServeSettings, model: ModelSettings, port: int, inherited: Mapping[str, str]
+    settings: ServeSettings,
+    model: ModelSettings,
+    port: int,
+    inherited: Mapping[str, str],
+    reach: Reach = HERE,
 ) -> EngineCommand:
     """How one model's engine is started. ``inherited`` is the service's own environment."""
     environment = engine_environment(settings, model, inherited)
     sleeps = how_it_sleeps(settings, model, on_gpu(environment)).startswith("engine")
-    where = ["--host", HOST, "--port", str(port)]
+    where = ["--host", reach.host, "--port", str(port)]
     python = model.python or Path(sys.executable)
     if model.engine == "vllm":
         command = [str(python.with_name("vllm")), "serve", model.source, *where]
@@ -53,8 +75,11 @@ def engine_command(
         command = [str(python), "-m", "sglang.launch_server", "--model-path", model.source]
         command += [*where, "--served-model-name", model.name]
         command += ["--enable-memory-saver"] if sleeps else []
+        command += ["--api-key", reach.key] if reach.key else []
     if sleeps and model.engine == "vllm":
         environment |= _DEV_MODE
+    if reach.key and model.engine == "vllm":
+        environment[_KEY_OF_VLLM] = reach.key  # not on the command line, which everybody reads
     return EngineCommand((*command, *options(model.arguments)), environment)
 
 

@@ -133,9 +133,9 @@ async def _follow(descriptor: int, log: EngineLog) -> None:
         log.end()
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
+def free_port(host: str = HOST) -> int:
+    """A port that nobody listens on now, at an address of this machine."""
     with socket.socket() as probe:
-        probe.bind((HOST, 0))
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port

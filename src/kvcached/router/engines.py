@@ -13,6 +13,7 @@ import asyncio
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import aiohttp
 from yarl import URL
@@ -22,6 +23,7 @@ from kvcached.router.upstream import Upstream, UpstreamDown
 
 IDLE_S = 2.0
 _LARGE = 1 << 20
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _ADDED_BY_THE_CLIENT = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
 
 BROKEN = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
@@ -48,14 +50,22 @@ class Limits:
 class Engines:
     """Connections to all engines. Made and closed on the event loop."""
 
-    def __init__(self, limits: Limits, retried: Callable[[str], None]) -> None:
-        """``retried`` is told the model of each request that is tried again."""
+    def __init__(
+        self,
+        limits: Limits,
+        retried: Callable[[str], None],
+        headers: Mapping[str, str] = NO_HEADERS,
+    ) -> None:
+        """``retried`` is told the model of each request that is tried again; ``headers`` go with
+        every request: the engines' key.
+        """
         self._limits = limits
         self._retried = retried
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
+            headers=headers,
             skip_auto_headers=_ADDED_BY_THE_CLIENT,
             timeout=aiohttp.ClientTimeout(
                 total=None, sock_connect=limits.connect_s, sock_read=limits.silence_s
@@ -74,9 +84,9 @@ class Engines:
         that was sent. ``ready_within_s``: how long an engine that refuses the
         connection has to come back. Raises ApiError 502, 503, 504.
         """
-        url = URL(upstream.url + path, encoded=True)
         tries = 0
         while True:
+            url = URL(upstream.url + path, encoded=True)  # after a wait it may be another host's
             # A large body in one piece would block the loop, and the client warns of it.
             data = body[0] if len(body[0]) < _LARGE else io.BytesIO(body[0])
             try:

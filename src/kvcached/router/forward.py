@@ -119,7 +119,7 @@ class Forward:
             assert ticket.through_s is not None
             self._metrics.through(line.name, ticket.through_s - ticket.entered_s)
             answer = await self._engines.ask(
-                line.upstream, path, body, _headers(exchange), line.queue.timeout_s
+                ticket.upstream, path, body, _headers(exchange), line.queue.timeout_s
             )
             exchange.drop_body()
             try:
@@ -147,7 +147,7 @@ class Forward:
         try:
             body = await answer.read()
         except BROKEN as error:
-            raise self._engines.failed(ticket.line.upstream, error) from None
+            raise self._engines.failed(ticket.upstream, error) from None
         self._gate.first_token(ticket)
         if answer.status >= 400:
             body = openai_form(ticket.line.name, path, answer.status, body)
@@ -172,7 +172,7 @@ class Forward:
                     await exchange.begin(answer.status, headers)
                 await exchange.send(part)
         except BROKEN as error:
-            failed = self._engines.failed(ticket.line.upstream, error)
+            failed = self._engines.failed(ticket.upstream, error)
             if exchange.status:
                 logger.warning("request %s: %s", exchange.request_id, failed)
                 self._metrics.broke(ticket.line.name, "engine")

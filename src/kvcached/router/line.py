@@ -53,7 +53,7 @@ class Ticket:
     """One request's place: waiting, then through, then over."""
 
     __slots__ = (
-        *("deadline_s", "device", "entered_s", "first_s", "future", "line", "number"),
+        *("deadline_s", "device", "entered_s", "first_s", "future", "line", "number", "upstream"),
         *("shows_first", "through_s", "tokens", "_alone_at", "_ended", "_use"),
     )
 
@@ -62,6 +62,8 @@ class Ticket:
     ) -> None:
         self.shows_first = shows_first
         self.line = line
+        self.upstream = line.upstream
+        """The engine that it goes to: of several, the one chosen as it is let through."""
         self.number = number
         self.tokens = tokens
         self.entered_s = now_s
@@ -84,7 +86,7 @@ class Ticket:
         """Lets it through. The engine is in use from now on: it cannot fall asleep before."""
         line = self.line
         self.through_s = now_s
-        self._use.enter_context(line.upstream.use())
+        self.upstream = self._use.enter_context(line.upstream.use()) or line.upstream
         line.running += 1
         line.admitted += 1
         line.before_first_token += 1

@@ -8,8 +8,9 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
+from typing import Any, Protocol
 
 import uvicorn
 
@@ -22,8 +23,34 @@ from kvcached.router.memory import Pressure
 from kvcached.router.server import BACKLOG, make_server
 from kvcached.router.settings import ListenSettings, ServeSettings
 from kvcached.router.supervisor import Supervisor
+from kvcached.router.upstream import Upstream
+from kvcached.snapshot import LedgerSnapshot
 
 logger = logging.getLogger(__name__)
+
+
+class ElsewhereEngines(Protocol):
+    """What the service needs of engines that run on other machines: as of a ``Supervisor``."""
+
+    fault: asyncio.Event
+    headers: Mapping[str, str]
+    """What engines want to see in a request."""
+
+    @property
+    def models(self) -> Mapping[str, Upstream]:
+        """The upstreams, by name."""
+
+    async def start(self) -> None:
+        """Starts what is to start at once."""
+
+    async def stop(self) -> None:
+        """Ends all engines."""
+
+    def status(self) -> dict[str, Any]:
+        """For `/status`."""
+
+    def ledgers(self) -> Iterable[LedgerSnapshot]:
+        """Of all machines, as last heard."""
 
 
 async def run(
@@ -31,23 +58,33 @@ async def run(
     inherited: Mapping[str, str],
     show: Callable[[str], None],
     announce: Callable[[str], None],
+    elsewhere: Callable[[], ElsewhereEngines] | None = None,
 ) -> bool:
     """Serves until SIGTERM or SIGINT, then lets requests end (unless SIGINT comes again), and ends
     all engines. Returns False where a fault of ours ended it.
 
-    ``show`` gets what engines print, ``announce`` the service's address once it can be used. Raises
+    ``show`` gets what engines print, ``announce`` the service's address once it can be used;
+    ``elsewhere`` makes what runs engines on other machines in place of this one. Raises
     ConfigError where the address cannot be had, OSError where a log cannot be written. Call it in
     the process's main thread.
     """
     listener = _listen(settings.listen)
-    supervisor = Supervisor(settings, inherited, show)
-    config = Config.from_env(service_environment(settings, inherited))
-    with listener, Observer(config.directory) as observer:
+    with listener, contextlib.ExitStack() as stack:
+        supervisor: Supervisor | ElsewhereEngines
+        if elsewhere is None:
+            supervisor = Supervisor(settings, inherited, show)
+            config = Config.from_env(service_environment(settings, inherited))
+            pressure = Pressure.of(stack.enter_context(Observer(config.directory)))
+            headers: Mapping[str, str] = {}
+        else:
+            supervisor = elsewhere()
+            pressure, headers = Pressure(supervisor.ledgers), supervisor.headers
         router = Router(
             settings,
             list(supervisor.models.values()),
             status=supervisor.status,
-            pressure=Pressure.of(observer),
+            pressure=pressure,
+            engine_headers=headers,
         )
         host, port = listener.getsockname()[:2]
         server = make_server(router, host, port, settings.drain_s)
@@ -80,7 +117,7 @@ def _told_to_end(server: uvicorn.Server) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-async def _end_on_fault(server: uvicorn.Server, supervisor: Supervisor) -> None:
+async def _end_on_fault(server: uvicorn.Server, supervisor: Supervisor | ElsewhereEngines) -> None:
     """A keeper of a model that failed must not go on unseen."""
     await supervisor.fault.wait()
     server.should_exit = True

@@ -94,6 +94,32 @@ class SloSettings(_Settings):
     """Milliseconds until the first token of a short prompt."""
     ttft_ms_per_1k_prompt_tokens: float = Field(default=500.0, ge=0)
     """What each thousand tokens of a prompt add to that."""
+    tpot_ms: float = Field(default=100.0, gt=0)
+    """Milliseconds that each further token may take: what placing on several hosts counts with."""
+
+
+class LoadSettings(_Settings):
+    """What a model asks of a host, for placing on several hosts. What is measured replaces it."""
+
+    tokens_per_s: float = Field(default=0.0, ge=0)
+    """Tokens of prompts and answers that are expected, of all replicas together."""
+    token_bytes: SizeField | None = None
+    """KV cache of one token. Null: as its engine says once it has run."""
+    weights: SizeField | None = None
+    """Memory for its weights. Null: the size of its files, where its folder is on this machine."""
+
+
+class HostsSettings(_Settings):
+    """Several hosts, as nodes of a Ray cluster."""
+
+    ray: str = Field(default="auto", min_length=1)
+    """`auto`: the cluster that this machine belongs to. HOST:PORT: the cluster with this head.
+    `local`: one is started, of this machine alone."""
+    nodes: list[str] | None = Field(default=None, min_length=1)
+    """Names or addresses of the nodes that may serve. Null: all that there are."""
+    lost_after_s: Seconds = Field(default=10.0, ge=1)
+    """A node that says nothing for so long is taken as lost: its models start on others, and it
+    ends its engines."""
 
 
 class RestartSettings(_Settings):
@@ -162,6 +188,9 @@ class ModelSettings(_Settings):
     out. So vLLM and SGLang may live in different environments."""
     arguments: list[str | int | float] | dict[str, Any] = []
     """The engine's options: a list as on its command line, or a mapping from names to values."""
+    replicas: int = Field(default=1, ge=1)
+    """Engines that serve it, each on another host. More than one needs `hosts`."""
+    load: LoadSettings = LoadSettings()
     environment: dict[str, str | int | float | bool] = {}
     """Variables for this engine beside the service's own."""
     start: Literal["at once", "on demand"] = "on demand"
@@ -236,6 +265,8 @@ class ServeSettings(_Settings):
     turn_s: Seconds = 30.0
     """How long a busy model stays awake before others may have its place under `max_awake`: it
     then takes no further requests, which wait, and finishes those that it has."""
+    hosts: HostsSettings | None = None
+    """Where one machine is not enough. Null: this machine, without Ray."""
     memory: MemorySettings = MemorySettings()
     logs: LogSettings = LogSettings()
     environment: dict[str, str | int | float | bool] = {}
@@ -278,6 +309,8 @@ def _misfits(settings: ServeSettings) -> Iterator[tuple[Where, str]]:
                 yield ("models", number, *place), f"{name!r} already means model {owners[name]}"
             owners.setdefault(name, model.name)
         yield from ((("models", number, *place), text) for place, text in _misfits_of(model))
+        if model.replicas > 1 and settings.hosts is None:
+            yield ("models", number, "replicas"), "more than one needs several hosts: `hosts`"
     yield from _misfits_of_seats(settings)
     for number, key in enumerate(settings.api_keys):
         for position, name in enumerate(key.models or ()):

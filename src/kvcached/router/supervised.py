@@ -19,7 +19,7 @@ import httpx
 
 from kvcached.router.attending import Attending
 from kvcached.router.demand import Demand
-from kvcached.router.engine_command import HOST, EngineCommand
+from kvcached.router.engine_command import HERE, EngineCommand, Reach
 from kvcached.router.engine_process import EngineProcess
 from kvcached.router.guard import Guard
 from kvcached.router.health import serves, trouble
@@ -52,6 +52,7 @@ class Means:
     port: Callable[[], int]
     give_back: Callable[[ModelSettings, int], object]
     """Gives an idle model's KV cache back, by its session. It blocks: it is called in a thread."""
+    reach: Reach = HERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class Supervised:
 
     @property
     def url(self) -> str:
-        return f"http://{HOST}:{self._port}"
+        return f"http://{self._means.reach.host}:{self._port}"
 
     async def ready(self) -> None:
         failed_before = self._failed_starts

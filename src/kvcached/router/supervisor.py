@@ -35,14 +35,16 @@ class Supervisor:
         settings: ServeSettings,
         inherited: Mapping[str, str],
         show: Callable[[str], None],
+        reach: engine_command.Reach = engine_command.HERE,
     ) -> None:
         """``inherited`` is the environment that engines get; ``show`` gets each line that they
-        print. Raises OSError where a log's file cannot be made.
+        print; ``reach``: where they listen. Raises OSError where a log's file cannot be made.
         """
         self._settings = settings
         self._inherited = inherited
         self._guard = Guard()
-        self._client = httpx.AsyncClient(trust_env=False)
+        self._reach = reach
+        self._client = httpx.AsyncClient(trust_env=False, headers=reach.headers)
         self._ports: set[int] = set()
         means = Means(
             guard=self._guard,
@@ -50,11 +52,12 @@ class Supervisor:
             starts=asyncio.Semaphore(settings.parallel_starts),
             seats=Seats(settings.max_awake, settings.turn_s),
             command=lambda model, port: engine_command.engine_command(
-                settings, model, port, inherited
+                settings, model, port, inherited, reach
             ),
             how=self._how,
             port=self._port,
             give_back=self._give_back,
+            reach=reach,
         )
         self.models: Mapping[str, Supervised] = {
             model.name: Supervised(model, EngineLog(model.name, settings.logs, show), means)
@@ -101,7 +104,7 @@ class Supervisor:
 
     def _port(self) -> int:
         """A free port that no other engine of ours was given."""
-        while (port := free_port()) in self._ports:
+        while (port := free_port(self._reach.host)) in self._ports:
             pass
         self._ports.add(port)
         return port

@@ -3,6 +3,8 @@
 Everything here runs on the router's event loop; nothing is thread-safe.
 """
 
+from __future__ import annotations
+
 from contextlib import AbstractContextManager
 from enum import Enum
 from typing import Protocol
@@ -56,8 +58,11 @@ class Upstream(Protocol):
             UpstreamDown: it failed, or the service is shutting down.
         """
 
-    def use(self) -> AbstractContextManager[None]:
-        """Hold the engine awake: for as long as a request is with it: a long one is not idle."""
+    def use(self) -> AbstractContextManager[Upstream | None]:
+        """Hold the engine awake for as long as a request is with it: a long one is not idle.
+
+        Where a model has several engines, gives the one that this request goes to.
+        """
 
     def suspect(self, reason: str) -> None:
         """Tell that the engine refused or broke a connection: its health is looked at now."""
