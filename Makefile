@@ -10,7 +10,7 @@ SEED ?= 1
 BACKEND ?= host
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test test-sglang lint bench matrix matrix-sglang chaos soak soak-tests \
+.PHONY: help env build demo test test-sglang test-ray lint bench matrix matrix-sglang chaos soak soak-tests \
     sanitize fuzz mutants long-run programs programs-clang clean
 
 help:  ## list the targets
@@ -46,6 +46,13 @@ test-sglang: build  ## real SGLang engines, the newest version, in .venv-sglang-
 	@echo "== test: SGLang $(SGLANG_NEWEST)"
 	@$(BOOTSTRAP) tools/setup_sglang.py $(SGLANG_NEWEST)
 	@.venv-sglang-$(SGLANG_NEWEST)/bin/python -m pytest -m "not matrix" tests/sglang $(TEST_ARGS)
+
+RAY := ray==2.60.0 msgpack==1.2.4
+
+test-ray: build  ## several hosts: two Ray nodes on this machine; Ray comes into build/ray/
+	@echo "== test: several hosts on Ray"
+	@[ -d build/ray/ray ] || $(PYTHON) -m pip install --quiet --no-deps --target build/ray $(RAY)
+	@$(PYTHON) -m pytest tests/hosts $(TEST_ARGS)
 
 bench: build  ## the speed of the allocator, the adapter and the arena
 	@echo "== bench: allocator and pool"

@@ -92,14 +92,14 @@ class Cluster:
         assert found is not None, said
         self.address = found[1]
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, capacity: str = "64MiB") -> None:
         self._ray(
             name,
             f"--address={self.address}",
             f"--node-ip-address={ADDRESSES[name]}",
             KVCACHED_DEVICE=f"host:{name}",
             KVCACHED_DIR=str(self.folder / name),
-            KVCACHED_CAPACITY="64MiB",
+            KVCACHED_CAPACITY=capacity,
         )
 
     def kill(self, name: str) -> list[int]:
@@ -175,12 +175,12 @@ class Served:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path) -> Iterator[Cluster]:
+def cluster(folder: Path, capacity: str = "64MiB") -> Iterator[Cluster]:
     found = Cluster(folder)
     try:
         found.begin()
         for name in NAMES:
-            found.start(name)
+            found.start(name, capacity)
         yield found
     finally:
         found.end()

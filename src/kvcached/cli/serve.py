@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -161,22 +162,27 @@ def _run(settings: ServeSettings, as_json: bool) -> int:
     for chatty in ("httpx", "uvicorn", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
+    output = sys.stdout
+
     def announce(url: str) -> None:
         names = ", ".join(model.name for model in settings.models)
         print(f"serving {names} on {url}", file=sys.stderr, flush=True)
         if as_json:
-            typer.echo(document("serve", {"url": url, "pid": os.getpid()}))
+            typer.echo(document("serve", {"url": url, "pid": os.getpid()}), file=output)
 
     def show(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    try:
-        elsewhere = None if settings.hosts is None else _on_hosts(settings, show)
-    except ModuleNotFoundError as error:
-        complain("kvcached", f"{error}; several hosts need: pip install 'kvcached[ray]'")
-        return FAILED
-    ran = service.run(settings, _environment(), show, announce, elsewhere)
-    return 0 if uvloop.run(ran) else FAILED
+    if settings.hosts is None:
+        return 0 if uvloop.run(service.run(settings, _environment(), show, announce)) else FAILED
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints what it has to say of nodes
+        try:
+            elsewhere = _on_hosts(settings, show)
+        except ModuleNotFoundError as error:
+            complain("kvcached", f"{error}; several hosts need: pip install 'kvcached[ray]'")
+            return FAILED
+        ran = service.run(settings, _environment(), show, announce, elsewhere)
+        return 0 if uvloop.run(ran) else FAILED
 
 
 def _on_hosts(

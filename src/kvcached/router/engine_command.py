@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -146,6 +147,8 @@ def misfits(settings: ServeSettings, inherited: Mapping[str, str]) -> Iterator[t
     """What this machine says to the settings: the fields that are wrong here, and why."""
     for name in _VARIABLES.keys() & settings.environment.keys():
         yield ("environment", name), _VARIABLES[name]
+    if settings.hosts is not None and importlib.util.find_spec("ray") is None:
+        yield ("hosts",), "several hosts need Ray: pip install 'kvcached[ray]'"
     for number, model in enumerate(settings.models):
         for place, text in _misfits_of(settings, model, inherited):
             yield ("models", number, *place), text
@@ -156,7 +159,8 @@ def _misfits_of(
 ) -> Iterator[tuple[Where, str]]:
     python = model.python or Path(sys.executable)
     program = python.with_name("vllm") if model.engine == "vllm" else python
-    if not program.is_file():
+    elsewhere = settings.hosts is not None  # paths and devices are those of other machines
+    if not elsewhere and not program.is_file():
         yield (
             ("engine",) if model.python is None else ("python",),
             f"there is no {program}; `python` names the Python that {model.engine} is installed in",
@@ -175,7 +179,7 @@ def _misfits_of(
         variable = notice.partition(" ")[0]
         if variable in model.environment:
             yield ("environment", variable), notice
-    gpu = on_gpu(environment)
+    gpu = elsewhere or on_gpu(environment)
     if how_it_sleeps(settings, model, gpu).startswith("engine") and not gpu:
         yield ("sleep", "how"), f"{model.sleep.how} needs a GPU; without one expected kv or stop"
 

@@ -112,14 +112,21 @@ class LoadSettings(_Settings):
 class HostsSettings(_Settings):
     """Several hosts, as nodes of a Ray cluster."""
 
-    ray: str = Field(default="auto", min_length=1)
+    ray: str = "auto"
     """`auto`: the cluster that this machine belongs to. HOST:PORT: the cluster with this head.
     `local`: one is started, of this machine alone."""
     nodes: list[str] | None = Field(default=None, min_length=1)
     """Names or addresses of the nodes that may serve. Null: all that there are."""
-    lost_after_s: Seconds = Field(default=10.0, ge=1)
+    lost_after_s: float = Field(default=10.0, ge=1, le=3600)
     """A node that says nothing for so long is taken as lost: its models start on others, and it
     ends its engines."""
+
+    @field_validator("ray")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if value not in ("auto", "local") and not _HOST_AND_PORT.fullmatch(value):
+            raise PydanticCustomError("cluster", "expected auto, local or HOST:PORT")
+        return value
 
 
 class RestartSettings(_Settings):

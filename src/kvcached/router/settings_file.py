@@ -177,7 +177,7 @@ def _resolve(
         if model.source.startswith((".", "/", "~")):
             source = _path(Path(model.source), folder)
             update["model"] = str(source)
-            if not source.exists():
+            if settings.hosts is None and not source.exists():
                 missing.append((("models", number, "model"), f"there is no {source}"))
         models.append(model.model_copy(update=update))
     changes: dict[str, Any] = {"api_keys": keys, "models": models}
