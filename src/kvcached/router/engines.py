@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -25,6 +26,9 @@ IDLE_S = 2.0
 _LARGE = 1 << 20
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _ADDED_BY_THE_CLIENT = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
+
+_PROBE_AFTER_S, _PROBE_EVERY_S, _PROBES = 5, 3, 3
+"""A host that has vanished closes no connection: the kernel notices after some 15 s of silence."""
 
 BROKEN = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
 """Whatever can happen to a connection that was made."""
@@ -47,6 +51,15 @@ class Limits:
     retries: int = 3
 
 
+def _probing_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    made = socket.socket(*address[:3])
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_AFTER_S)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_EVERY_S)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+    return made
+
+
 class Engines:
     """Connections to all engines. Made and closed on the event loop."""
 
@@ -62,7 +75,9 @@ class Engines:
         self._limits = limits
         self._retried = retried
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=IDLE_S, socket_factory=_probing_socket
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             headers=headers,
