@@ -7,8 +7,9 @@ import os
 import select
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from harness import PROMPTS, Load, Pair, p99, wait_until
 
@@ -17,6 +18,7 @@ from kvcached.processes import session_processes
 KINDS = ("api", "core", "worker")
 # How long an instance may outlive any one of its processes.
 END_LIMIT_S = 1.0
+LATE_S = 0.9  # of a process that lives on so long it is noted what its threads do
 
 Times = dict[str, float]
 
@@ -32,6 +34,8 @@ class Kill:
     nothing_s: float
     """From there until the instance was charged nothing at all."""
     b_ttft_s: list[float]
+    late: list[str]
+    """What the threads of those who were late were doing, as the kernel tells it."""
 
     @property
     def gone_s(self) -> float:
@@ -44,7 +48,7 @@ class Kill:
             f"kill {self.what}: ended after ms: {ends}; the worker's bytes leasable "
             f"{self.free_s * 1e3:.0f} ms after its end, all {self.nothing_s * 1e3:.0f} ms later; "
             f"B's TTFT p99 {p99(self.b_ttft_s) * 1e3:.0f} ms"
-        )
+        ) + "".join(f"\n    late: {line}" for line in self.late)
 
 
 def _watched(pair: Pair) -> dict[int, str]:
@@ -58,8 +62,27 @@ def _watched(pair: Pair) -> dict[int, str]:
     return found
 
 
-def _follow_death(pair: Pair, watched: dict[int, str], start: float) -> tuple[Times, Times]:
-    """By what ended: seconds from ``start``; and the same for what became free."""
+def _threads(pid: int) -> list[str]:
+    """What each thread of a process does: its name, state and, for root, the kernel's stack."""
+    found = []
+    for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
+        with contextlib.suppress(OSError):
+            name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+            stack = "?"
+            with contextlib.suppress(PermissionError):
+                lines = (task / "stack").read_text().split("\n")
+                stack = " < ".join(line.split()[-1].split("+")[0] for line in lines[:5] if line)
+            found.append(f"{name} {rest.split()[0]}: {stack}")
+    return found
+
+
+def _follow_death(
+    pair: Pair, pids: Mapping[str, int], watched: dict[int, str], start: float
+) -> tuple[Times, Times, list[str]]:
+    """By what ended: seconds from ``start``; the same for what became free; and what those did
+    who were late.
+    """
+    late: list[str] = []
     poll = select.poll()
     for descriptor in watched:
         poll.register(descriptor, select.POLLIN)
@@ -68,6 +91,9 @@ def _follow_death(pair: Pair, watched: dict[int, str], start: float) -> tuple[Ti
     while len(ends) < len(watched) or "all" not in free:
         events = poll.poll(5)
         now = time.monotonic() - start
+        if now > LATE_S and not late:
+            left = pids.keys() - ends.keys()
+            late = [f"{kind} {each}" for kind in left for each in _threads(pids[kind])]
         assert now < 20, f"{watched.values() - ends.keys()} live on; free are {free.keys()}"
         for descriptor, _ in events:
             ends[watched[descriptor]] = now
@@ -82,7 +108,7 @@ def _follow_death(pair: Pair, watched: dict[int, str], start: float) -> tuple[Ti
             free.setdefault("worker", now)
         if account is None or account.charge == 0:
             free.setdefault("all", now)
-    return ends, free
+    return ends, free, late
 
 
 def kill(pair: Pair, what: str, after_s: float, expected: Sequence[Sequence[int]]) -> Kill:
@@ -96,14 +122,14 @@ def kill(pair: Pair, what: str, after_s: float, expected: Sequence[Sequence[int]
             watched = _watched(pair)
             start = time.monotonic()
             os.kill(pids[what], signal.SIGKILL)
-            ends, free = _follow_death(pair, watched, start)
+            ends, free, late = _follow_death(pair, pids, watched, start)
         wait_until(lambda: len(b.answers) >= seen + 4, 30, "B goes on answering")
     assert b.failures() == []
     assert b.wrong(expected) == [] and a.wrong(expected) == []
     assert memory.peak <= pair.capacity
     assert pair.ledger.snapshot().high_water <= pair.capacity
     free_s = max(0.0, free["worker"] - ends["worker"])
-    return Kill(what, ends, free_s, free["all"] - free["worker"], b.ttft_s())
+    return Kill(what, ends, free_s, free["all"] - free["worker"], b.ttft_s(), late)
 
 
 def stop(
