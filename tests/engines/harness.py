@@ -350,7 +350,7 @@ class Pair:
 
     @property
     def ledger_directory(self) -> Path:
-        return self._place[0]
+        return self.place[0]
 
     @property
     def ledger(self) -> Ledger:
