@@ -66,7 +66,7 @@ class Service:
                     "sleep": sleep,
                     "start": "at once" if name == "awake" else "on demand",
                     "health": {"every_s": 1.0, "timeout_s": 20.0},
-                    "restart": {"first_s": 0.5},
+                    "restart": {"first_s": 0.5, "longest_s": 2.0, "give_up_after": 20},
                 }
                 for name, sleep in sleeps.items()
             ],
