@@ -210,6 +210,23 @@ def test_a_stopped_engine_is_killed_and_restarted(service: Any) -> None:
     uvloop.run(run())
 
 
+def test_an_engine_that_is_stopped_while_it_starts_is_noticed(service: Any) -> None:
+    made: Service = service({"name": "a", "environment": {"TOY_HEALTH_S": "600"}})
+
+    async def run() -> None:
+        async with made.running() as supervisor:
+            a = supervisor.models["a"]
+            wanted = asyncio.create_task(a.ready())
+            await until(lambda: a.status().pid is not None, "a process")
+            pid = a.status().pid
+            assert pid is not None and a.state is State.STARTING
+            os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(UpstreamDown, match="was stopped by a signal"):
+                await asyncio.wait_for(wanted, 30)
+
+    uvloop.run(run())
+
+
 def test_a_suspected_engine_is_looked_at_now(service: Any) -> None:
     health = {"every_s": 600, "timeout_s": 600, "failures": 1}
     made: Service = service({"name": "a", "health": health})

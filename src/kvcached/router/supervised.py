@@ -228,7 +228,7 @@ class Supervised:
             self.log.begin()
             self.log.add("starts: " + shlex.join(command.arguments))
             process = await self._spawn(command)
-            await self._while_it_lives(self._answers(self.model.start_timeout_s))
+            await self._while_it_lives(self._answers(process))
         self._start_failed = False
         self._ready_since_s = time.monotonic()
         self._watch = Watch(process, self.url, self._means.client, self.model.health)
@@ -250,12 +250,16 @@ class Supervised:
                 self._process = start.result()
         return start.result()
 
-    async def _answers(self, limit_s: float) -> None:
+    async def _answers(self, process: EngineProcess) -> None:
+        limit_s, client, halted = self.model.start_timeout_s, self._means.client, 0
         end_s = time.monotonic() + limit_s
-        client = self._means.client
         while (reason := await trouble(client, self.url, _START_ANSWER_S)) is not None:
             if time.monotonic() > end_s:
                 raise EngineFailed(f"did not start within {limit_s:g} s: {reason}")
+            pids = await asyncio.to_thread(process.stopped)
+            halted = halted + 1 if pids else 0
+            if halted >= self.model.health.failures:
+                raise EngineFailed(f"did not start: process {pids[0]} was stopped by a signal")
             await asyncio.sleep(_START_LOOK_S)
         if not await serves(client, self.url, self.name, _START_ANSWER_S):
             raise EngineFailed(f"did not start: what answers on {self.url} is not this model")
