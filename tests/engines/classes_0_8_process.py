@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from played_steps import take_step
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core import kv_cache_manager
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -72,13 +73,7 @@ class Elastic:
         self.manager.on_shortage = lambda request, needed: None
 
     def step(self) -> None:
-        """Commands leave, as with every step of the scheduler."""
-        self.pages.settle(idle=False)
-        commands = self.pages.take_commands()
-        if commands is not None:
-            self.mapper.apply(commands)
-            assert self.mapper.drain(5)  # so that the same program has the same memory every time
-        self.pages.publish()
+        take_step(self.pages, self.mapper)
 
 
 def request(name: str, tokens: list[int]) -> Request:

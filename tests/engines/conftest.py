@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 from harness import (
     HERE,
-    MAX_TOKENS,
     MIB,
-    PROMPTS,
-    LlmProcess,
     Pair,
     environment,
     limited,
 )
+from plain import answers_of_plain_vllm
 from versions import vllm_version
 
 DEFAULT_LIMIT_S = 240.0
@@ -64,21 +62,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def plain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
     """What vLLM without kvcached answers."""
-    job = {
-        "task": "equality",
-        "model": str(model),
-        "prompts": PROMPTS,
-        "max_tokens": MAX_TOKENS,
-        "rounds": 1,
-        "arguments": {"enable_prefix_caching": False, "kv_cache_memory_bytes": 64 * MIB},
-    }
-    changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    with LlmProcess(tmp_path_factory.mktemp("plain"), job, changes) as process:
-        result = process.answer(200)
-    assert result["preemptions"] == 0
-    outputs: list[list[int]] = result["outputs"][0]
-    assert len({tuple(tokens) for tokens in outputs}) == len(PROMPTS)
-    return outputs
+    return answers_of_plain_vllm(model, tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="session")

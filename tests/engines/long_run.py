@@ -28,8 +28,6 @@ from harness import (
     HERE,
     MAX_TOKENS,
     MIB,
-    PROMPTS,
-    LlmProcess,
     Load,
     Pair,
     Server,
@@ -37,6 +35,7 @@ from harness import (
     p99,
     wait_until,
 )
+from plain import answers_of_plain_vllm
 
 from kvcached.errors import KvcachedError
 from kvcached.ledger import Ledger
@@ -201,20 +200,6 @@ class LongRun:
                 }
             )
         return rows
-
-
-def answers_of_plain_vllm(model: Path, folder: Path) -> list[list[int]]:
-    job = {
-        "task": "equality",
-        "model": str(model),
-        "prompts": PROMPTS,
-        "max_tokens": MAX_TOKENS,
-        "rounds": 1,
-        "arguments": {"enable_prefix_caching": False, "kv_cache_memory_bytes": 64 * MIB},
-    }
-    with LlmProcess(folder, job, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}) as process:
-        outputs: list[list[int]] = process.answer(240)["outputs"][0]
-    return outputs
 
 
 def ours_in_shared_memory() -> set[str]:

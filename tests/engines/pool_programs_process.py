@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from played_steps import take_step
 from vllm.v1.core.block_pool import BlockPool
 
 from kvcached.cache import PageMapper
@@ -172,13 +173,7 @@ class Elastic(Plain):
         return done
 
     def step(self) -> None:
-        """Commands leave, as with every step of the scheduler."""
-        self.pages.settle(idle=False)
-        commands = self.pages.take_commands()
-        if commands is not None:
-            self.mapper.apply(commands)
-            assert self.mapper.drain(5)  # so that the same program has the same memory every time
-        self.pages.publish()
+        take_step(self.pages, self.mapper)
 
     def check(self) -> None:
         self.pages.check()

@@ -86,13 +86,3 @@ def alive(pid: int) -> bool:
         return False
     with open(f"/proc/{pid}/stat", "rb") as stream:
         return stream.read().rpartition(b")")[2].split()[0] != b"Z"
-
-
-def mentioning(text: str) -> list[int]:
-    """Processes whose environment holds a text."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and text.encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-    return found

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from service import alive, mentioning
+from service import alive
 from test_serve_command import Served, serving, wait_until
+from toys import mentioning
 
 CALM, HIT = "a", "b"
 HONEST = {502, 503}

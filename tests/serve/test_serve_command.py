@@ -17,7 +17,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from service import alive, mentioning
+from service import alive
+from toys import mentioning
 
 import kvcached
 from kvcached.config import child_environment

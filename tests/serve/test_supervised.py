@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 import uvloop
-from service import QUICK_RESTART, Service, alive, ask, in_state, mentioning, until
+from service import QUICK_RESTART, Service, alive, ask, in_state, until
+from toys import mentioning
 
 from kvcached.processes import session_processes
 from kvcached.router.upstream import State, UpstreamDown
@@ -38,7 +40,8 @@ def test_the_first_request_starts_it_and_all_wait_for_the_same_start(service: An
             assert a.status().waiting == 10
             pids = {answer["pid"] for answer in await answers}
             assert pids == {a.status().pid} and made.starts("a") == 1
-            assert a.quiet and made.starts("b") == 0
+            assert not a.status().requests and not a.status().waiting
+            assert made.starts("b") == 0
 
     uvloop.run(run())
 
@@ -95,22 +98,9 @@ def test_who_waits_when_the_service_ends_is_told(service: Any) -> None:
         async with made.running() as supervisor:
             waiting = asyncio.create_task(supervisor.models["a"].ready())
             await in_state(supervisor.models["a"], State.STARTING)
-            assert not await supervisor.drain(0.1)
+            assert not waiting.done()
         with pytest.raises(UpstreamDown, match="shutting down"):
             await waiting
-
-    uvloop.run(run())
-
-
-def test_draining_lets_requests_end(service: Any) -> None:
-    made: Service = service({"name": "a"})
-
-    async def run() -> None:
-        async with made.running() as supervisor:
-            request = asyncio.create_task(ask(supervisor.models["a"], seconds=0.5))
-            await until(lambda: supervisor.models["a"].status().requests == 1, "request there")
-            assert await supervisor.drain(5)
-            assert request.done()
 
     uvloop.run(run())
 
@@ -289,6 +279,9 @@ def test_restarts_leak_nothing(service: Any) -> None:
     restart = {**QUICK_RESTART, "first_s": 0, "give_up_after": 100}
     made: Service = service({"name": "a", "restart": restart})
 
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())
+
     async def run() -> None:
         async with made.running() as supervisor:
             a = supervisor.models["a"]
@@ -298,7 +291,8 @@ def test_restarts_leak_nothing(service: Any) -> None:
                 os.kill(pid, signal.SIGKILL)
                 await in_state(a, State.STARTING)
                 pid = (await ask(a))["pid"]
-                counts.append((len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())))
-            assert counts[-1][0] <= counts[0][0] and counts[-1][1] <= counts[0][1], counts
+                counts.append(held())
+            # What is being closed at this moment is no leak: that would stay, five times.
+            await until(lambda: all(map(operator.le, held(), counts[0])), f"{counts} falls again")
 
     uvloop.run(run())
