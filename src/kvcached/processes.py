@@ -1,9 +1,14 @@
-"""Which processes belong to an engine: those of the session that its first process leads."""
+"""Which processes belong to an engine: those of the session that its first process leads. And what
+a process has used, as the kernel counts it.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def is_in_session(pid: int, session: int) -> bool:
@@ -25,9 +30,19 @@ def stopped_processes(session: int) -> list[int]:
 
 def session_cpu_s(session: int) -> float:
     """Processor seconds that the live processes of a session have used so far."""
-    found = (_stat(pid) for pid in session_processes(session))
-    ticks = sum(int(fields[11]) + int(fields[12]) for fields in found if fields is not None)
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return sum(cpu_s(pid) for pid in session_processes(session))
+
+
+def cpu_s(pid: int) -> float:
+    """Processor seconds that a process has used so far; 0 if it has ended."""
+    fields = _stat(pid)
+    return 0.0 if fields is None else (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a live process that is present now, shared or not. Raises OSError if it is gone."""
+    with open(f"/proc/{pid}/statm") as stream:
+        return int(stream.read().split()[1]) * _PAGE_BYTES
 
 
 def _pids() -> Iterator[int]:

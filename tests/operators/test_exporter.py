@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from programs import DEVICE, PAGES, ROOT, exporter, program
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvcached.ledger import Ledger
+from kvcached.ports import free_port
 
 EXAMPLES = ROOT / "examples" / "monitoring"
 TOKEN = "correct-horse-battery"
@@ -111,9 +111,7 @@ class Prometheus:
     """A real server that scrapes the exporter ten times a second, with the project's own rules."""
 
     def __init__(self, folder: Path, target: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.url = f"http://127.0.0.1:{free_port()}"
         configuration = (EXAMPLES / "prometheus.yml").read_text()
         configuration = configuration.replace("127.0.0.1:9877", target.removeprefix("http://"))
         configuration = re.sub(r"_interval: \S+", "_interval: 200ms", configuration)

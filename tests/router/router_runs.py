@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from kvcached.ports import free_port
 from kvcached.router.app import Router
 from kvcached.router.engines import Limits
 from kvcached.router.fixed import FixedUpstream
@@ -29,13 +29,6 @@ def wait_until(condition: Callable[[], Any], limit_s: float, what: str) -> None:
     while not condition():
         assert time.monotonic() - start < limit_s, f"not within {limit_s} s: {what}"
         time.sleep(0.01)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class ToyEngine:

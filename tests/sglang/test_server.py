@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from sgl_harness import (
 
 from kvcached.config import child_environment
 from kvcached.ledger import Ledger
+from kvcached.ports import free_port
 from kvcached.processes import session_processes
 
 pytestmark = pytest.mark.engine
@@ -35,9 +35,7 @@ class Server:
     """``python -m sglang.launch_server`` in a session of its own."""
 
     def __init__(self, model: Path, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "log"
         changes = switched_on(folder, CAPACITY, KVCACHED_VIRTUAL=str(64 * MIB))

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -25,12 +24,13 @@ import uvloop
 
 from kvcached.bench.router_process import MODEL
 from kvcached.errors import KvcachedError
+from kvcached.ports import free_port
+from kvcached.processes import cpu_s, resident_bytes
 
 START_LIMIT_S = 30.0
 WARM_UP_S = 2.0
 SAMPLES = 20
 """Looks at the router's memory while many requests pass."""
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +82,13 @@ async def _run(
         for number in range(pairs):
             order = urls if number % 2 == 0 else urls[::-1]
             rounds = {}
-            cpu_s = 0.0
+            used_s = 0.0
             for url in order:
-                before_s = _cpu_s(pid)
+                before_s = cpu_s(pid)
                 rounds[url] = await _open_loop(session, url, shape, seconds, number + 1)
                 if url == urls[1]:
-                    cpu_s = _cpu_s(pid) - before_s
-            found.append(_pair(rounds[urls[0]], rounds[urls[1]], cpu_s))
+                    used_s = cpu_s(pid) - before_s
+            found.append(_pair(rounds[urls[0]], rounds[urls[1]], used_s))
             progress(f"pair {number + 1}: {found[-1]}")
         memory = await _memory(session, urls[1], shape, requests, pid, progress)
     keys = ("added_ttft_p50_ms", "added_ttft_p99_ms", "added_p50_ms", "added_p99_ms", "cpu_us")
@@ -97,7 +97,7 @@ async def _run(
     return {**setting, "cpus": os.cpu_count(), **medians, "pairs": found, "memory": memory}
 
 
-def _pair(direct: Round, through: Round, cpu_s: float) -> dict[str, Any]:
+def _pair(direct: Round, through: Round, used_s: float) -> dict[str, Any]:
     figures: dict[str, Any] = {"requests": len(through.firsts)}
     for name, own, other in (
         ("ttft_", direct.firsts, through.firsts),
@@ -108,7 +108,7 @@ def _pair(direct: Round, through: Round, cpu_s: float) -> dict[str, Any]:
             figures[f"direct_{name}p{percent}_ms"] = round(ours_ms, 3)
             figures[f"router_{name}p{percent}_ms"] = round(theirs_ms, 3)
             figures[f"added_{name}p{percent}_ms"] = round(theirs_ms - ours_ms, 3)
-    figures["cpu_us"] = round(1e6 * cpu_s / max(1, len(through.firsts)), 1)
+    figures["cpu_us"] = round(1e6 * used_s / max(1, len(through.firsts)), 1)
     return figures
 
 
@@ -171,7 +171,7 @@ async def _memory(
                 await _ask(session, url, quick)
 
         await asyncio.gather(*(one_after_the_other() for _ in range(32)))
-        rss.append(_rss_bytes(pid))
+        rss.append(resident_bytes(pid))
         progress(f"{requests * (number + 1) // SAMPLES} requests: {rss[-1] / 2**20:.1f} MiB")
     seconds = time.monotonic() - start_s
     settled = rss[SAMPLES // 5 :]
@@ -184,20 +184,10 @@ async def _memory(
     }
 
 
-def _rss_bytes(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * _TICK_S
-
-
 @contextlib.contextmanager
 def _processes() -> Iterator[tuple[str, str, int]]:
     """The addresses of the engine and of the router, and the router's process."""
-    engine_port, router_port = _free_port(), _free_port()
+    engine_port, router_port = free_port(), free_port()
     engine, router = (f"http://127.0.0.1:{port}" for port in (engine_port, router_port))
     commands = [
         ["kvcached.bench.router_engine", str(engine_port)],
@@ -226,10 +216,3 @@ def _wait_for(child: subprocess.Popen[bytes], port: int) -> None:
         if child.poll() is not None or time.monotonic() > deadline_s:
             raise KvcachedError(f"a process of the benchmark does not answer: {child.args!r}")
         time.sleep(0.05)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -12,11 +12,11 @@ import os
 import re
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 from kvcached.errors import ConfigError
 from kvcached.layout import BlockLayout
+from kvcached.processes import resident_bytes
 from kvcached.units import GIB, MIB, ceil_div, round_up
 from kvcached.vmm_ops import Arena, Backend, cuda_backend, host_backend, time_bare_pages
 
@@ -100,7 +100,7 @@ def opening(backend: Backend) -> dict[str, float]:
     )
     if backend.kind == "cuda":
         torch.zeros(1, device="cuda")  # torch's own start is an engine's affair
-    before, start = _resident_bytes(), _now()
+    before, start = resident_bytes(os.getpid()), _now()
     arena = Arena(backend, layout.arena_regions(), layout.num_pages, layout.size_bytes)
     buffer = int8_tensor(arena)
     views = [
@@ -108,14 +108,9 @@ def opening(backend: Backend) -> dict[str, float]:
         for layer in range(LAYERS)
     ]
     taken = _now() - start
-    grown = _resident_bytes() - before
+    grown = resident_bytes(os.getpid()) - before
     assert len(views) == LAYERS and views[0].shape == (layout.num_blocks, *SHAPE)
     return {
         "arena_open_64gib_ms": round(taken / 1e6, 3),
         "arena_open_host_mib": round(grown / MIB, 3),
     }
-
-
-def _resident_bytes() -> int:
-    fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import httpx
 from kvcached.config import child_environment
 from kvcached.demo.models import Model
 from kvcached.errors import KvcachedError
+from kvcached.ports import free_port
 from kvcached.processes import session_processes
 
 START_LIMIT_S = 240.0
@@ -62,7 +62,7 @@ class EngineProcess:
         """Starts the process and returns at once; ``wait_healthy`` waits for the server."""
         self.spec = spec
         self.name = spec.name
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.started_at = time.monotonic()
         spec.log.parent.mkdir(parents=True, exist_ok=True)
@@ -182,10 +182,3 @@ def wait_healthy(engines: Sequence[EngineProcess], progress: Callable[[str], Non
                 f"its log {late.spec.log} ends with:\n{late.log_tail()}"
             )
         time.sleep(0.25)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

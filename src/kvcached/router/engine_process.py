@@ -7,11 +7,10 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import time
 
 from kvcached.processes import session_processes, stopped_processes
-from kvcached.router.engine_command import HOST, EngineCommand
+from kvcached.router.engine_command import EngineCommand
 from kvcached.router.guard import Guard
 from kvcached.router.logs import EngineLog
 
@@ -131,11 +130,3 @@ async def _follow(descriptor: int, log: EngineLog) -> None:
         loop.remove_reader(descriptor)
         os.close(descriptor)
         log.end()
-
-
-def free_port(host: str = HOST) -> int:
-    """A port that nobody listens on now, at an address of this machine."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port

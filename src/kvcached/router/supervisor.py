@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import httpx
 
 from kvcached.config import Config
+from kvcached.ports import free_port
 from kvcached.router import engine_command
-from kvcached.router.engine_process import free_port
 from kvcached.router.giving_back import give_back
 from kvcached.router.guard import Guard
 from kvcached.router.logs import EngineLog
@@ -23,8 +22,6 @@ from kvcached.router.settings import ModelSettings, ServeSettings
 from kvcached.router.supervised import Means, Supervised
 
 logger = logging.getLogger(__name__)
-
-_LOOK_S = 0.05
 
 
 class Supervisor:
@@ -72,17 +69,6 @@ class Supervisor:
         await self._guard.start()
         for model in self.models.values():
             model.begin().add_done_callback(self._keeper_ended)
-
-    async def drain(self, limit_s: float) -> bool:
-        """Waits until no request is with an engine or waits for one; False if that takes longer.
-        The router admits no further ones meanwhile.
-        """
-        end_s = time.monotonic() + limit_s
-        while not (quiet := all(model.quiet for model in self.models.values())):
-            if time.monotonic() >= end_s:
-                break
-            await asyncio.sleep(_LOOK_S)
-        return quiet
 
     async def stop(self) -> None:
         """Ends all engines, politely at first; returns when no process is left."""
