@@ -179,11 +179,6 @@ class Supervised:
         self._become(State.STOPPED)
         self.log.close()
 
-    @property
-    def quiet(self) -> bool:
-        """No request is with the engine or waits for it."""
-        return self._demand.quiet
-
     def status(self) -> ModelStatus:
         """What is known of it now."""
         return ModelStatus(
@@ -228,13 +223,14 @@ class Supervised:
             self.log.begin()
             self.log.add("starts: " + shlex.join(command.arguments))
             process = await self._spawn(command)
-            await self._while_it_lives(self._answers(process))
+            watch = Watch(process, self.url, self._means.client, self.model.health)
+            await self._while_it_lives(self._answers(watch))
         self._start_failed = False
         self._ready_since_s = time.monotonic()
-        self._watch = Watch(process, self.url, self._means.client, self.model.health)
+        self._watch = watch
         self._demand.touch()
         self._become(State.READY)
-        return self._watch
+        return watch
 
     async def _spawn(self, command: EngineCommand) -> EngineProcess:
         """Also where we are cancelled meanwhile, what was started is known afterwards."""
@@ -250,16 +246,14 @@ class Supervised:
                 self._process = start.result()
         return start.result()
 
-    async def _answers(self, process: EngineProcess) -> None:
-        limit_s, client, halted = self.model.start_timeout_s, self._means.client, 0
+    async def _answers(self, watch: Watch) -> None:
+        limit_s, client = self.model.start_timeout_s, self._means.client
         end_s = time.monotonic() + limit_s
         while (reason := await trouble(client, self.url, _START_ANSWER_S)) is not None:
             if time.monotonic() > end_s:
                 raise EngineFailed(f"did not start within {limit_s:g} s: {reason}")
-            pids = await asyncio.to_thread(process.stopped)
-            halted = halted + 1 if pids else 0
-            if halted >= self.model.health.failures:
-                raise EngineFailed(f"did not start: process {pids[0]} was stopped by a signal")
+            if time.monotonic() >= watch.due_s:
+                await watch.look_at_processes()
             await asyncio.sleep(_START_LOOK_S)
         if not await serves(client, self.url, self.name, _START_ANSWER_S):
             raise EngineFailed(f"did not start: what answers on {self.url} is not this model")

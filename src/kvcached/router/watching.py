@@ -56,7 +56,7 @@ class Watch:
                 raise EngineFailed(f"runs requests and has made no token for {stood_s:.0f} s")
 
     async def look_at_processes(self) -> None:
-        """Only whether it is stopped: an engine that sleeps need not answer."""
+        """Only whether it is stopped: an engine that starts or sleeps need not answer."""
         self._note(await self._stopped())
 
     async def _stopped(self) -> str | None:
