@@ -7,9 +7,9 @@ import re
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
+from kvcached.closing import Closing
 from kvcached.router.engines import Limits
 from kvcached.router.errors import ApiError
 
@@ -32,7 +32,7 @@ class Room:
     held: int = 0
 
 
-class Exchange:
+class Exchange(Closing):
     """Owned by the task that answers the request: a context within that task.
 
     While ``watched``, a client that goes away cancels the task, as does one that neither sends nor
@@ -61,15 +61,8 @@ class Exchange:
         self._room: Room | None = None
         self._held = 0
 
-    def __enter__(self) -> Exchange:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Nothing is timed or watched any more; the body's room is free."""
         self._over = True
         self.drop_body()
         self._timer.cancel()
