@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from two_hosts import ADDRESSES, NAMES, Cluster, Served, processes_with, wait_until
+from toys import mentioning
+from two_hosts import ADDRESSES, NAMES, Cluster, Served, wait_until
 
 ALONE = ("a", "b")
 TWICE = "twice"
@@ -57,7 +58,7 @@ def served(cluster: Cluster, toy_python: Path, tmp_path: Path) -> Iterator[Serve
         print(found.output())
     assert code in (0, -signal.SIGKILL)
     for name in NAMES:
-        assert not [pid for pid in processes_with(cluster.token(name)) if b"vllm" in command(pid)]
+        assert not [pid for pid in mentioning(cluster.token(name)) if b"vllm" in command(pid)]
 
 
 def command(pid: int) -> bytes:

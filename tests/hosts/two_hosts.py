@@ -24,6 +24,9 @@ import yaml
 import kvcached
 from kvcached.config import child_environment
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "serve"))
+from toys import mentioning
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(kvcached.__file__).parents[1]
 RAY = ROOT / "build" / "ray"
@@ -42,16 +45,6 @@ def wait_until(condition: Callable[[], Any], what: str, limit_s: float) -> float
         assert time.monotonic() - began_s < limit_s, f"not within {limit_s} s: {what}"
         time.sleep(0.02)
     return time.monotonic() - began_s
-
-
-def processes_with(text: str) -> list[int]:
-    """Processes whose environment holds a text."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and text.encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-    return found
 
 
 class Cluster:
@@ -104,7 +97,7 @@ class Cluster:
 
     def kill(self, name: str) -> list[int]:
         """Everything on the node at once, as when its machine loses power."""
-        pids = processes_with(self.token(name))
+        pids = mentioning(self.token(name))
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -82,9 +82,8 @@ class Agent:
         self._do(self._follow_rates())
         return await asyncio.to_thread(room, config, self._settings.max_awake)
 
-    async def report(self, seen: int) -> Report:
+    async def report(self) -> Report:
         """The next report: at once where states differ from those of the last one, else soon."""
-        del seen  # reports are asked for one after the other
         self._heard_s = time.monotonic()
         end_s = self._heard_s + _REPORT_S
         while self._now() == self._states and time.monotonic() < end_s:

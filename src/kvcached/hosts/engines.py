@@ -158,9 +158,7 @@ class HostedEngines:
 
     async def _take_report(self, host: Host) -> None:
         asked_s = time.monotonic()
-        seen = 0 if host.report is None else host.report.number
-        asked = host.link.report(seen)
-        report = await asyncio.wait_for(asked, self._hosts_settings.lost_after_s)
+        report = await asyncio.wait_for(host.link.report(), self._hosts_settings.lost_after_s)
         host.report = report
         for line in report.lines:
             self._show(f"{host.node.name}: {line}")

@@ -85,8 +85,8 @@ class RayLink:
         room: Room = await _answer(self._actor.begin.remote())
         return room
 
-    async def report(self, seen: int) -> Report:
-        report: Report = await _answer(self._actor.report.remote(seen))
+    async def report(self) -> Report:
+        report: Report = await _answer(self._actor.report.remote())
         return report
 
     async def wake(self, model: str) -> Woken:

@@ -68,8 +68,10 @@ class Link(Protocol):
     async def begin(self) -> Room:
         """Returns once the agent runs: what its node has for models."""
 
-    async def report(self, seen: int) -> Report:
-        """The next report: at once where states differ from the report ``seen``, else soon."""
+    async def report(self) -> Report:
+        """The next report, to be asked for one after the other: at once where states differ from
+        those of the last one, else soon.
+        """
 
     async def wake(self, model: str) -> Woken:
         """Returns once the model's engine answers, or cannot."""
