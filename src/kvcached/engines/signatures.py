@@ -19,6 +19,19 @@ def look_up(name: str) -> Any:
     return found
 
 
+def speaking(base: type, name: str, after: type | None = None) -> Any:
+    """The method of a class, or of the nearest base that does not pass on whatever it is given
+    (``AsyncScheduler.__init__(*args, **kwargs)`` takes what ``Scheduler.__init__`` takes); None
+    where there is none. Bases up to ``after`` are left out.
+    """
+    bases = base.__mro__
+    for owner in bases[bases.index(after) + 1 if after else 0 :]:
+        found = owner.__dict__.get(name)
+        if found is not None and rendered(found) != "self, *args, **kwargs":
+            return found
+    return None
+
+
 def difference(name: str, found: Any, parameters: str) -> str | None:
     """What is wrong with the function that was found under a name, in words; None where it takes
     ``parameters``, as ``rendered`` writes them.

@@ -13,6 +13,7 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from kvcached.config import Config
+from kvcached.engines import signatures
 from kvcached.engines.base import substituted
 from kvcached.engines.vllm import adapter, device, geometry, identity, selftest
 from kvcached.engines.vllm.pool import ElasticBlockPool, ElasticKVCacheManager
@@ -47,7 +48,7 @@ class ElasticScheduler:
     followed = False  # by the thread that waits for pressure from others
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        speaking = selftest.speaking(type(self), "__init__", after=ElasticScheduler)
+        speaking = signatures.speaking(type(self), "__init__", after=ElasticScheduler)
         given = inspect.signature(speaking).bind(self, *args, **kwargs).arguments
         vllm_config = given.get("vllm_config", given.get("scheduler_config"))
         cache_config = given["kv_cache_config"]

@@ -37,20 +37,7 @@ def check_base(kind: str, base: type) -> None:
             _check(name, signatures.look_up(name), parameters)
         else:
             owner = f"{base.__module__}:{base.__qualname__}"
-            _check(f"{owner}.{name}", speaking(base, name), parameters)
-
-
-def speaking(base: type, name: str, after: type | None = None) -> Any:
-    """The method of a class, or of the nearest base that does not pass on whatever it is given
-    (``AsyncScheduler.__init__(*args, **kwargs)`` takes what ``Scheduler.__init__`` takes); None
-    where there is none. Bases up to ``after`` are left out.
-    """
-    bases = base.__mro__
-    for owner in bases[bases.index(after) + 1 if after else 0 :]:
-        found = owner.__dict__.get(name)
-        if found is not None and signatures.rendered(found) != "self, *args, **kwargs":
-            return found
-    return None
+            _check(f"{owner}.{name}", signatures.speaking(base, name), parameters)
 
 
 def check_built(**objects: Any) -> None:
