@@ -118,7 +118,7 @@ uint64_t Process::pattern(int32_t block) const {
 void Process::write_block(int32_t block) {
   ++pattern_;
   const uint64_t value = pattern(block);
-  const size_t words = memory_->words_at_an_end(block_bytes());
+  const size_t words = words_at_an_end();
   const std::vector<uint64_t> filled(words, value);
   for (size_t region = 0; region < spec_.regions; ++region) {
     const uintptr_t address = address_of(block, region);
@@ -131,30 +131,33 @@ void Process::write_block(int32_t block) {
 void Process::check_block(int32_t block, bool everything) {
   const uint64_t value = contents_[static_cast<size_t>(block)];
   if (value == 0) fail("block %d has no contents", block);
-  const size_t words = everything ? memory_->words_at_an_end(block_bytes()) : 1;
-  std::vector<uint64_t> found(2 * words);
-  for (size_t region = 0; region < spec_.regions; ++region) {
-    const uintptr_t address = address_of(block, region);
-    memory_->read(address, found.data(), words);
-    memory_->read(address + block_bytes() - words * 8, found.data() + words, words);
-    for (const uint64_t word : found) {
-      if (word != value) fail("block %d holds %lx instead of %lx", block, word, value);
-    }
+  for (const uint64_t word : read_ends(block, everything ? words_at_an_end() : 1)) {
+    if (word != value) fail("block %d holds %lx instead of %lx", block, word, value);
   }
 }
 
 // Memory that is new reads as zeros; other than that there is only what this process wrote.
 void Process::check_fresh(int32_t block) {
-  const size_t words = memory_->words_at_an_end(block_bytes());
-  std::vector<uint64_t> found(2 * words);
+  for (const uint64_t word : read_ends(block, words_at_an_end())) {
+    if (word != 0 && word >> 40 != spec_.tag) fail("block %d holds another's %lx", block, word);
+  }
+}
+
+size_t Process::words_at_an_end() const {
+  return memory_->words_at_an_end(block_bytes());
+}
+
+std::vector<uint64_t> Process::read_ends(int32_t block, size_t words) const {
+  std::vector<uint64_t> found(2 * words * spec_.regions);
+  uint64_t* to = found.data();
   for (size_t region = 0; region < spec_.regions; ++region) {
     const uintptr_t address = address_of(block, region);
-    memory_->read(address, found.data(), words);
-    memory_->read(address + block_bytes() - words * 8, found.data() + words, words);
-    for (const uint64_t word : found) {
-      if (word != 0 && word >> 40 != spec_.tag) fail("block %d holds another's %lx", block, word);
+    for (const uintptr_t end : {address, address + block_bytes() - words * 8}) {
+      memory_->read(end, to, words);
+      to += words;
     }
   }
+  return found;
 }
 
 }  // namespace kvcached::test

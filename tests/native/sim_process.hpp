@@ -112,6 +112,8 @@ class Process {
   void check_block(int32_t block, bool everything);
   void write_block(int32_t block);
   void check_fresh(int32_t block);
+  size_t words_at_an_end() const;
+  std::vector<uint64_t> read_ends(int32_t block, size_t words) const;  // of every region, in order
   uint64_t pattern(int32_t block) const;
   uintptr_t address_of(int32_t block, size_t region) const;
   size_t block_bytes() const {

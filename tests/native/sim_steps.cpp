@@ -112,12 +112,24 @@ bool Process::grow(int64_t pages) {
   return true;
 }
 
+namespace {
+
+using Group = std::vector<int32_t>;
+
+// Takes one of the groups out; there must be one.
+Group take_any(std::vector<Group>& groups, Dice& dice) {
+  const size_t which = static_cast<size_t>(dice.below(static_cast<int64_t>(groups.size())));
+  std::swap(groups[which], groups.back());
+  Group group = std::move(groups.back());
+  groups.pop_back();
+  return group;
+}
+
+}  // namespace
+
 void Process::free_group(Dice& dice) {
   if (used_.empty()) return;
-  const size_t which = static_cast<size_t>(dice.below(static_cast<int64_t>(used_.size())));
-  std::swap(used_[which], used_.back());
-  std::vector<int32_t> group = std::move(used_.back());
-  used_.pop_back();
+  Group group = take_any(used_, dice);
   for (const int32_t id : group) check_block(id, true);
   const bool cached = dice.chance(0.6);
   const std::vector<uint8_t> flags(group.size(), cached ? 1 : 0);
@@ -131,10 +143,7 @@ void Process::free_group(Dice& dice) {
 
 void Process::touch_group(Dice& dice) {
   if (cached_.empty()) return;
-  const size_t which = static_cast<size_t>(dice.below(static_cast<int64_t>(cached_.size())));
-  std::swap(cached_[which], cached_.back());
-  std::vector<int32_t> group = std::move(cached_.back());
-  cached_.pop_back();
+  Group group = take_any(cached_, dice);
   if (group.empty()) return;
   for (const int32_t id : group) check_block(id, true);
   must(blocks_->touch(group.data(), static_cast<int64_t>(group.size())), "touch");
