@@ -9,13 +9,13 @@ as fast; what is irregular about them stays.
 from __future__ import annotations
 
 import bisect
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvcached.bench.share_load import Arrival
+from kvcached.bench.share_load import Arrival, mean_gap_s, over_and_over
+from kvcached.demo.percentiles import percentile
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +93,9 @@ def times(peaks: Peaks, model: int, gaps: Iterator[float]) -> Iterator[float]:
 
 def rows_from(trace: Sequence[Arrival], first: int) -> Iterator[tuple[float, Arrival]]:
     """The trace from a row on, over and over: each row with the gap before it, over the mean."""
-    mean = (trace[-1].at_s - trace[0].at_s) / (len(trace) - 1)
-    index = first
-    while True:
-        row, before = trace[index % len(trace)], trace[(index - 1) % len(trace)]
-        yield max(0.0, row.at_s - before.at_s) / mean if mean else 1.0, row
-        index += 1
+    mean_s = mean_gap_s(trace)
+    for gap_s, row in over_and_over(trace, first):
+        yield gap_s / mean_s if mean_s else 1.0, row
 
 
 def schedule(
@@ -168,9 +165,5 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     """Mean, median and p99 (nearest rank), in the unit given; empty without values."""
     if not values:
         return {}
-    ordered = sorted(values)
-
-    def at(part: float) -> float:
-        return ordered[max(0, math.ceil(part * len(ordered)) - 1)]
-
-    return {"mean": sum(ordered) / len(ordered), "p50": at(0.5), "p99": at(0.99)}
+    mean = sum(sorted(values)) / len(values)
+    return {"mean": mean, "p50": percentile(values, 50), "p99": percentile(values, 99)}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kvcached.demo.figures import PhaseRun, Session, burst_windows, latency, percentile
+from kvcached.demo.figures import PhaseRun, Session, burst_windows, latency
 from kvcached.demo.load import Result
 from kvcached.demo.models import Model
+from kvcached.demo.percentiles import percentile
 from kvcached.demo.setups import BLOCK_TOKENS, DEFAULT_BUDGET, MAX_MODEL_TOKENS
 from kvcached.demo.trace import PHASES, LoadShape, Request, make_load, read_slice
 

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvcached.bench.share_load import Arrival
+from kvcached.bench.share_load import Arrival, mean_gap_s, over_and_over
 from kvcached.ledger import Ledger
 from kvcached.pages import PagePool
 from kvcached.units import ceil_div
@@ -46,17 +46,14 @@ class Load:
     def arrivals(self, trace: Sequence[Arrival]) -> Iterator[Arrival]:
         """Endless: the trace from a row on, over and over, as fast as the load wants."""
         lifetime_s = sum(row.output_tokens for row in trace) / len(trace) / TOKENS_PER_S
-        mean_gap_s = (trace[-1].at_s - trace[0].at_s) / (len(trace) - 1)
-        scale = lifetime_s / self.at_once / mean_gap_s
-        index = random.Random(self.seed).randrange(len(trace))
+        scale = lifetime_s / self.at_once / mean_gap_s(trace)
+        first = random.Random(self.seed).randrange(len(trace))
         at_s = 0.0
-        while True:
-            row, before = trace[index % len(trace)], trace[(index - 1) % len(trace)]
+        for gap_s, row in over_and_over(trace, first):
             if not self.steady:
                 rate = 1 - self.swing * math.cos(2 * math.pi * at_s / DAY_S)
-                at_s += max(0.0, row.at_s - before.at_s) * scale / rate
+                at_s += gap_s * scale / rate
             yield Arrival(at_s, row.prompt_tokens, row.output_tokens)
-            index += 1
 
 
 @dataclass(eq=False, slots=True)

@@ -23,9 +23,9 @@ import httpx
 import yaml
 
 from kvcached.config import child_environment
-from kvcached.demo.figures import percentile
 from kvcached.demo.load import Result, Target, play
 from kvcached.demo.models import Model, make_models
+from kvcached.demo.percentiles import percentile
 from kvcached.demo.servers import ENGINE_ENVIRONMENT
 from kvcached.demo.service import ARGUMENTS
 from kvcached.demo.trace import LoadShape, Request, TraceRow, make_load, read_slice

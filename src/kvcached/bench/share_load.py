@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 from kvcached.demo.trace import read_slice
@@ -74,15 +74,26 @@ def _bursts(dice: random.Random, seconds: float) -> Iterator[Arrival]:
 
 def _played(dice: random.Random, trace: Sequence[Arrival], seconds: float) -> Iterator[Arrival]:
     """The trace from a random row on, over and over."""
-    first = dice.randrange(len(trace))
-    rows = [*trace[first:], *trace[:first]]
     at_s = 0.0
-    while True:
-        for before, row in zip((rows[-1], *rows), rows, strict=False):
-            at_s += max(0.0, row.at_s - before.at_s)  # 0 from the last row to the first
-            if at_s >= seconds:
-                return
-            yield Arrival(at_s, row.prompt_tokens, row.output_tokens)
+    for gap_s, row in over_and_over(trace, dice.randrange(len(trace))):
+        at_s += gap_s
+        if at_s >= seconds:
+            return
+        yield Arrival(at_s, row.prompt_tokens, row.output_tokens)
+
+
+def over_and_over(trace: Sequence[Arrival], first: int) -> Iterator[tuple[float, Arrival]]:
+    """Endless: the rows from ``first`` on, each with the seconds since the one before it; none from
+    the last row to the first.
+    """
+    for index in count(first):
+        row, before = trace[index % len(trace)], trace[(index - 1) % len(trace)]
+        yield max(0.0, row.at_s - before.at_s), row
+
+
+def mean_gap_s(trace: Sequence[Arrival]) -> float:
+    """Seconds from one arrival to the next, on average."""
+    return (trace[-1].at_s - trace[0].at_s) / (len(trace) - 1)
 
 
 def read_trace(path: Path | None) -> list[Arrival]:

@@ -13,7 +13,7 @@ from typing import Any
 from kvcached.bench.sim_engine import Engine, Request, play
 from kvcached.bench.sim_memory import Elastic, Memory, Static
 from kvcached.bench.sim_shapes import SHAPES, Device
-from kvcached.bench.simulate import Slo, percentile
+from kvcached.bench.simulate import Slo, rounded
 from kvcached.errors import ConfigError
 
 
@@ -55,8 +55,8 @@ def _row(
         },
         "simulated": {
             "ttft_mean_s": sum(ttft) / len(ttft) if ttft else None,
-            "ttft_p99_s": percentile(ttft, 0.99),
-            "tpot_p50_s": percentile(tpot, 0.50),
+            "ttft_p99_s": rounded(ttft, 99),
+            "tpot_p50_s": rounded(tpot, 50),
             "slo": sum(slo.met(request) for request in ended) / max(1, len(ended)),
             "preempted": sum(request.preempted for request in ended),
         },

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvcached.bench.share_load import Arrival
+from kvcached.bench.share_load import Arrival, over_and_over
 from kvcached.bench.sim_engine import Request
 from kvcached.bench.sim_shapes import SHAPES, Device, Shape
 
@@ -102,19 +102,18 @@ def _requests(
     if not rate:
         return
     scale = (len(trace) - 1) / (trace[-1].at_s - trace[0].at_s) / rate
-    index = draw.randrange(len(trace))
+    rows = over_and_over(trace, draw.randrange(len(trace)))
+    _, row = next(rows)
     busy_s, passed_s = draw.random() / rate, 0.0
     for begin, end in spells:
         while busy_s < passed_s + end - begin:
-            row = trace[index % len(trace)]
             yield (
                 begin + busy_s - passed_s,
                 min(row.prompt_tokens, PROMPT_MAX),
                 max(1, min(row.output_tokens, OUTPUT_MAX)),
             )
-            index += 1
-            gap = trace[index % len(trace)].at_s - trace[(index - 1) % len(trace)].at_s
-            busy_s += max(0.0, gap) * scale
+            gap_s, row = next(rows)
+            busy_s += gap_s * scale
         passed_s += end - begin
 
 

@@ -10,7 +10,6 @@ requests meet their SLO.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from kvcached.bench.sim_fleet import Model, Popularity, least_kv_bytes, make_mod
 from kvcached.bench.sim_memory import Elastic, Memory, Static
 from kvcached.bench.sim_shapes import Device
 from kvcached.bench.sim_swap import OneAwake, play_in_turns
+from kvcached.demo.percentiles import percentile
 
 SIDES = {"elastic": "one budget", "even": "equal parts", "load": "parts by load"}
 SWAP = "swap"
@@ -116,8 +116,8 @@ class Fleet:
             "preempted": sum(request.preempted for request in requests),
             "slo": round(met / max(1, len(requests)), 5),
             "ttft_mean_s": round(sum(ttft) / max(1, len(ttft)), 4),
-            "ttft_p99_s": percentile(ttft, 0.99),
-            "tpot_p99_s": percentile(tpot, 0.99),
+            "ttft_p99_s": rounded(ttft, 99),
+            "tpot_p99_s": rounded(tpot, 99),
         }
 
 
@@ -134,9 +134,9 @@ def even_parts(total: int, least: Sequence[int]) -> list[int]:
     return [max(low, part) for part in parts]
 
 
-def percentile(ordered: Sequence[float], part: float) -> float | None:
-    """The nearest rank of sorted values; None where there is none."""
-    return round(ordered[max(0, math.ceil(part * len(ordered)) - 1)], 5) if ordered else None
+def rounded(values: Sequence[float], percent: float) -> float | None:
+    """The percentile; None where there are no values."""
+    return round(percentile(values, percent), 5) if values else None
 
 
 def needed(runs: Sequence[dict[str, Any]], side: str, part: float) -> int | None:

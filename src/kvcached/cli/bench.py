@@ -21,6 +21,7 @@ from kvcached.cli import (
     bench_simulated,
     bench_sizes,
 )
+from kvcached.cli.options import JsonBesideProgress
 from kvcached.units import format_size, parse_size
 
 app = typer.Typer(
@@ -32,8 +33,6 @@ bench_router.register(app)
 bench_serve.register(app)
 bench_simulated.register(app)
 bench_sizes.register(app)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout; progress to stderr.")]
 
 
 class BackendName(str, Enum):
@@ -49,7 +48,7 @@ def alloc(
     ] = BackendName.host,
     num_blocks: Annotated[int, typer.Option(min=1024, help="Blocks in the pool.")] = 1 << 16,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; figures are medians.")] = 200,
-    as_json: AsJson = False,
+    as_json: JsonBesideProgress = False,
 ) -> None:
     """What handing out a block costs: our core and, where vLLM is installed, the adapter's pool
     beside vLLM's own.
@@ -77,7 +76,7 @@ def vmm(
     backend: Annotated[str, typer.Option(help="host, or a GPU: cuda:N.")] = "host",
     page_size: Annotated[str, typer.Option(help="Size of a page.")] = "2MiB",
     rounds: Annotated[int, typer.Option(min=1, help="Pages in and out; medians.")] = 400,
-    as_json: AsJson = False,
+    as_json: JsonBesideProgress = False,
 ) -> None:
     """What mapping a page costs through our arena, beside the bare driver calls in the same run,
     and what opening an arena of 64 GiB costs.
@@ -105,7 +104,7 @@ def engine(
     ] = 24,
     budget: Annotated[str, typer.Option(help="KV-cache memory of each engine.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for the engines' logs.")] = Path("build/bench"),
-    as_json: AsJson = False,
+    as_json: JsonBesideProgress = False,
 ) -> None:
     """The speed of one elastic vLLM engine against that of one plain engine, turn by turn.
 
@@ -149,7 +148,7 @@ def share(
         Path | None,
         typer.Option(help="A trace to play: CSV as Azure's, JSON lines as Mooncake's."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: JsonBesideProgress = False,
 ) -> None:
     """Who gets the memory: simulated engines on the real ledger, policy and page pools.
 

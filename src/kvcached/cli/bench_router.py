@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout; progress to stderr.")]
+from kvcached.cli.options import JsonBesideProgress
 
 
 def register(app: typer.Typer) -> None:
@@ -26,7 +26,7 @@ def router(
     requests: Annotated[
         int, typer.Option(min=0, help="Requests while memory is looked at; 0: none.")
     ] = 100_000,
-    as_json: AsJson = False,
+    as_json: JsonBesideProgress = False,
 ) -> None:
     """What the router adds to a small streamed answer, and whether its memory stays flat.
 

@@ -10,12 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvcached.cli.options import JsonBesideProgress
 from kvcached.errors import ConfigError
 from kvcached.units import parse_size
 
 DEFAULT_POOLS = "0.8,1.6,3.2,6.4,12.8"
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout; progress to stderr.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -36,7 +35,7 @@ def hits(
     rows: Annotated[int, typer.Option(min=0, help="Rows of the trace; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 1,
     picture: Annotated[Path | None, typer.Option(help="A PNG to write; needs matplotlib.")] = None,
-    as_json: AsJson = False,
+    as_json: JsonBesideProgress = False,
 ) -> None:
     """How much a prefix cache answers: without a cap and with reclaim, with a cap of 16,000 tokens,
     and with a fixed half for each of the two instances.
@@ -83,7 +82,7 @@ def reclaim(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the engines' logs.")] = Path("build/bench"),
-    as_json: AsJson = False,
+    as_json: JsonBesideProgress = False,
 ) -> None:
     """How soon a real engine gets memory that its neighbour only caches: from the demand to the
     lease, and to the first token, with the neighbour at rest and at work.
@@ -118,7 +117,7 @@ def idle(
     gpu: Annotated[
         bool, typer.Option("--gpu", help="As on a GPU: each looks every second what others use.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: JsonBesideProgress = False,
 ) -> None:
     """What the threads cost that wait for pressure: while nothing happens, and while another
     engine asks for memory ten times a second and none of it is theirs to give. Needs vLLM.
@@ -181,7 +180,7 @@ def _reclaim_table(result: dict[str, Any]) -> Table:
 def watchers(
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of phases, watched and alone.")] = 10,
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of a phase.")] = 2.0,
-    as_json: AsJson = False,
+    as_json: JsonBesideProgress = False,
 ) -> None:
     """Whether kvctl watch, kvtop and the exporter slow an engine's allocations and leases.
 

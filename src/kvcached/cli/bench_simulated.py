@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvcached.cli.options import JsonBesideProgress
 from kvcached.errors import ConfigError
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout; progress to stderr.")]
 Plot = Annotated[Path | None, typer.Option(help="A PNG to write; needs matplotlib.")]
 Trace = Annotated[
     Path | None,
@@ -37,7 +37,7 @@ def fragmentation(
     seed: Seed = 1,
     trace: Trace = None,
     plot: Plot = None,
-    as_json: AsJson = False,
+    as_json: JsonBesideProgress = False,
 ) -> None:
     """Memory that is mapped but holds nothing, after a day of churn: an 8B model's blocks on the
     real allocator and page pool, with requests of a real trace.
@@ -92,7 +92,7 @@ def simulate(
         Path | None, typer.Option(help="A result of multi_llm.py to compare the simulation with.")
     ] = None,
     plot: Plot = None,
-    as_json: AsJson = False,
+    as_json: JsonBesideProgress = False,
 ) -> None:
     """How many GPUs a fleet of models needs for 99 % of its requests to meet their SLO: one KV
     budget a GPU against fixed parts. With --check only the comparison with a real run.

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvcached.cli.options import JsonBesideProgress
 from kvcached.units import format_size, parse_size
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout; progress to stderr.")]
 BackendName = Annotated[str, typer.Option(help="host, or a GPU: cuda:N.")]
 
 PARTS = {
@@ -32,7 +32,7 @@ def scale(
     backend: BackendName = "host",
     page_size: Annotated[str, typer.Option(help="The smallest page.")] = "64KiB",
     rounds: Annotated[int, typer.Option(min=1, help="Figures are medians.")] = 200,
-    as_json: AsJson = False,
+    as_json: JsonBesideProgress = False,
 ) -> None:
     """What operations cost as blocks, accounts and bytes of a page grow by a thousand.
 
@@ -59,7 +59,7 @@ def elasticity(
     page_size: Annotated[str, typer.Option(help="Size of a page.")] = "2MiB",
     pages: Annotated[int, typer.Option(min=2, help="How far it grows.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Figures are medians.")] = 20,
-    as_json: AsJson = False,
+    as_json: JsonBesideProgress = False,
 ) -> None:
     """How fast a KV cache grows and gives back, and what it keeps at rest: one instance here.
 

@@ -42,3 +42,6 @@ Device = Annotated[
     typer.Option(help="The device, where engines share several.", autocompletion=complete_device),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonBesideProgress = Annotated[
+    bool, typer.Option("--json", help="Print JSON to stdout; progress to stderr.")
+]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvcached.cli.accounts import LedgerFigures
 from kvcached.demo.load import Result
+from kvcached.demo.percentiles import percentile
 from kvcached.demo.sampler import Sample
 from kvcached.demo.trace import PHASES
 
@@ -68,12 +68,6 @@ def tokens_per_s(results: Sequence[Result]) -> float:
         return 0.0
     seconds = max(ends) - min(result.sent_s for result in results)
     return sum(len(result.tokens) for result in results) / seconds
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The nearest-rank percentile."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def latency(values: Iterable[float | None]) -> dict[str, float]:
