@@ -118,29 +118,58 @@ def elasticity(result: Mapping[str, Any]) -> str:
     )
 
 
+AGAINST = {"static": "static parts", "swap": "one model awake at a time"}
+
+
 def multi_llm(result: Mapping[str, Any]) -> str:
+    about = (
+        f"{', '.join(result['shapes'])} on one GPU, {result['kv_bytes'] / (1 << 30):g} GiB of KV "
+        "cache in all"
+    )
+    # Results that were kept before there was a third side name none.
+    sides = [row.get("against", "static") for row in result["comparison"]]
+    return "\n\n".join(
+        f"{about}; {AGAINST[side]} / elastic, and how many times longer the first takes.\n\n"
+        + _compared(result, side)
+        for side in AGAINST
+        if side in sides
+    )
+
+
+def _compared(result: Mapping[str, Any], side: str) -> str:
     rows = []
     for row in result["comparison"]:
-        if row["group"] not in ("all", "peaks"):
+        if row["group"] not in ("all", "peaks") or row.get("against", "static") != side:
             continue
         cells = [row["point"], row["group"]]
         for key in ("ttft_s", "tpot_s"):
             for figure in ("mean", "p99"):
-                cells.append(_both(result, row, key, figure))
-        cells.append(f"{row['slo_static']:.1%} / {row['slo_elastic']:.1%}")
+                cells.append(_both(result, row, side, key, figure))
+        cells.append(f"{row[f'slo_{side}']:.1%} / {row['slo_elastic']:.1%}")
+        points = [result["sides"][one]["points"][row["point"]] for one in (side, "elastic")]
+        cells.append(" / ".join(f"{point[row['group']]['goodput_per_s']:.1f}" for point in points))
+        if row["group"] == "all":
+            cells.append(" / ".join(f"{sum(point['preemptions']):.0f}" for point in points))
+            cells.append(" / ".join(_hits(point) for point in points))
+        else:
+            cells += ["", ""]
         rows.append(cells)
-    heads = ["peaks", "requests", "TTFT mean", "TTFT p99", "TPOT mean", "TPOT p99", "SLO"]
-    return (
-        f"{', '.join(result['shapes'])} on one GPU, {result['kv_bytes'] / (1 << 30):g} GiB of KV "
-        "cache in all; static / elastic, and how many times longer static takes.\n\n"
-        + table(heads, rows)
-    )
+    figures = ["TTFT mean", "TTFT p99", "TPOT mean", "TPOT p99", "SLO", "in time/s"]
+    return table(["peaks", "requests", *figures, "preempted", "prefix hits"], rows)
 
 
-def _both(result: Mapping[str, Any], row: Mapping[str, Any], key: str, figure: str) -> str:
+def _hits(point: Mapping[str, Any]) -> str:
+    """Of the engines' prefix caches, on average; none where they have none."""
+    rates = [rate for rate in point["hit_rate"] if rate is not None]
+    return f"{sum(rates) / len(rates):.1%}" if rates else "none"
+
+
+def _both(
+    result: Mapping[str, Any], row: Mapping[str, Any], side: str, key: str, figure: str
+) -> str:
     values = [
-        result["sides"][side]["points"][row["point"]][row["group"]][key].get(figure)
-        for side in ("static", "elastic")
+        result["sides"][one]["points"][row["point"]][row["group"]][key].get(figure)
+        for one in (side, "elastic")
     ]
     if None in values:
         return ""

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvcached.bench.share_load import Arrival, mean_gap_s, over_and_over
+from kvcached.bench.share_load import PREFIX_TOKENS, Arrival, mean_gap_s, over_and_over
 from kvcached.demo.percentiles import percentile
+from kvcached.units import ceil_div
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,9 @@ class Lengths:
     """How the trace's lengths, in tokens, become requests: divided, then clamped; or fixed."""
 
     divisor: float = 1.0
+    """Of the prompts, and of what two of them have in common."""
+    answer_divisor: float = 0.0
+    """Of the answers; 0: the same."""
     prompt_min: int = 16
     prompt_max: int = 3000
     output_min: int = 8
@@ -70,11 +74,22 @@ class Lengths:
         if self.prompt:
             return self.prompt, self.output
         prompt = round(row.prompt_tokens / self.divisor)
-        output = round(row.output_tokens / self.divisor)
+        output = round(row.output_tokens / (self.answer_divisor or self.divisor))
         return (
             min(max(prompt, self.prompt_min), self.prompt_max),
             min(max(output, self.output_min), self.output_max),
         )
+
+    @property
+    def prefix_tokens(self) -> int:
+        """What a name of the trace stands for, in tokens of a request."""
+        return max(1, round(PREFIX_TOKENS / self.divisor))
+
+    def prefixes(self, row: Arrival) -> list[int]:
+        """The names of the prompt's parts that are not cut off."""
+        if self.prompt:
+            return []
+        return list(row.prefixes[: ceil_div(self.of(row)[0], self.prefix_tokens)])
 
 
 def times(peaks: Peaks, model: int, gaps: Iterator[float]) -> Iterator[float]:
@@ -100,12 +115,12 @@ def rows_from(trace: Sequence[Arrival], first: int) -> Iterator[tuple[float, Arr
 
 def schedule(
     peaks: Peaks, trace: Sequence[Arrival], lengths: Lengths, seed: str
-) -> list[list[list[float]]]:
-    """By model: a list of [seconds, tokens of the prompt, tokens of the answer]. Each model begins
-    at another row of the trace.
+) -> tuple[list[list[list[float]]], list[list[list[int]]]]:
+    """By model: a list of [seconds, tokens of the prompt, tokens of the answer], and one of what
+    the prompts begin with (``Lengths.prefixes``). Each model begins at another row of the trace.
     """
     draw = random.Random(seed)
-    models = []
+    models, beginnings = [], []
     for model in range(peaks.models):
         rows = rows_from(trace, draw.randrange(len(trace)))
         taken: list[Arrival] = []
@@ -122,7 +137,8 @@ def schedule(
             for index, at_s in enumerate(times(peaks, model, gaps()))
         ]
         models.append(asks)
-    return models
+        beginnings.append([lengths.prefixes(row) for row in taken[: len(asks)]])
+    return models, beginnings
 
 
 def plan(
@@ -138,21 +154,26 @@ def plan(
     """All load points, as JSON for the engines. ``give_up_s``: seconds after a point's span in
     which requests may still end. A model has the same requests at every side of a comparison.
     """
-    first = [0.0, min(512, lengths.prompt or lengths.prompt_max), 8]
-    warm_up = [[first] * 8 for _ in range(peaks.models)]
+    # Long prompts side by side, too: what runs for the first time is slow.
+    longest = lengths.prompt or lengths.prompt_max
+    asks = [[0.0, min(512, longest), 8]] * 8 + [[0.0, longest, 16]] * 6
+    warm_up = [asks for _ in range(peaks.models)]
     points: dict[str, Any] = {"warm-up": {"span_s": 0.0, "models": warm_up}}
     for rate in rates:
         at_rate = Peaks(peaks.models, peaks.base, rate, peaks.width_s)
+        models, beginnings = schedule(at_rate, trace, lengths, f"{seed}/{rate:g}")
         points[point_name(rate)] = {
             "span_s": at_rate.span_s,
             "peaks": asdict(at_rate),
-            "models": schedule(at_rate, trace, lengths, f"{seed}/{rate:g}"),
+            "models": models,
+            **({"prefixes": beginnings} if any(map(any, beginnings)) else {}),
         }
     return {
         "seed": seed,
         "vocabulary": vocabulary,
         "give_up_s": give_up_s,
         "lengths": asdict(lengths),
+        "prefix_tokens": lengths.prefix_tokens,
         "points": points,
     }
 

@@ -16,7 +16,10 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from turns import Turns
 
 GIB = 1 << 30
 
@@ -61,6 +64,8 @@ class Job:
     plan: str = ""  # a file with load points of several models: the work "point-N" is one of them
     model_index: int = 0  # which of the models in the plan this engine is
     headroom: str = ""  # KVCACHED_HEADROOM
+    turns: str = ""  # a file: models have the GPU one at a time, and sleep otherwise (``turns.py``)
+    models: int = 1  # that take turns
     device: str = "gpu"  # or a host device, as ``host:NAME``: then everything runs on the CPU
 
     def environment(self) -> dict[str, str]:
@@ -130,6 +135,8 @@ def build(job: Job) -> Any:
         arguments["speculative_config"] = dict(job.speculative)
     if not job.elastic and job.kv_bytes is not None:
         arguments["kv_cache_memory_bytes"] = job.kv_bytes
+    if job.turns and not job.on_host:
+        arguments["enable_sleep_mode"] = True
     if job.async_scheduling is not None:
         arguments["async_scheduling"] = job.async_scheduling
     if job.max_tokens_a_step is not None:
@@ -138,6 +145,27 @@ def build(job: Job) -> Any:
     if job.sharpen:
         llm.collective_rpc(sharpen)
     return llm
+
+
+def take_turns(job: Job, llm: Any) -> Turns:
+    """One of the models that have the GPU in turn, asleep. On a CPU nobody can sleep: there they
+    only take turns.
+    """
+    from turns import Turns
+
+    def sleep() -> None:
+        if not job.on_host:
+            import torch
+
+            torch.cuda.synchronize()
+            llm.sleep(level=1)
+
+    def wake() -> None:
+        if not job.on_host:
+            llm.wake_up()
+
+    sleep()
+    return Turns(Path(job.turns), job.model_index, job.models, wake, sleep)
 
 
 def sharpen(worker: Any) -> None:
@@ -263,7 +291,8 @@ def _of_one_ledger(job: Job, directory: Path, device: str) -> dict[str, Any]:
 
 def run(job: Job, folder: Path) -> None:
     """Builds the engine and does the work; results in ``folder/NAME.json`` at each step."""
-    from workloads import WORK, play_point, verdict
+    from points import play_point
+    from workloads import WORK, verdict
 
     result: dict[str, Any] = {"name": job.name, "ok": False, "work": {}}
 
@@ -278,6 +307,7 @@ def run(job: Job, folder: Path) -> None:
     # Whether the engine's CUDA context is this process's.
     here = not job.own_core and job.ranks == 1 and not job.on_host
     result["used_idle_bytes"] = gpu_used_bytes() if here else 0
+    turns = take_turns(job, llm) if job.turns else None
     save()
     if job.ready_file:
         Path(job.ready_file).touch()
@@ -290,7 +320,7 @@ def run(job: Job, folder: Path) -> None:
             }
         elif name.startswith("point-"):
             files = Path(job.plan), job.model_index, Path(job.start_files[index])
-            result["work"][name] = play_point(llm, *files)
+            result["work"][name] = play_point(llm, *files, turns)
         else:
             result["work"][name] = WORK[name](llm, lose(job.loses) if job.loses else None)
         save()

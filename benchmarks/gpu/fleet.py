@@ -50,6 +50,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 STARTED = time.monotonic()
 
 
+def weight_bytes(shape: str) -> int:
+    """What a model's parameters take in 16 bits, about."""
+    one = {"vocab_size": 128256} | SHAPES[shape]
+    hidden = one["hidden_size"]
+    head = one.get("head_dim", hidden // one["num_attention_heads"])
+    attention = 2 * hidden * head * (one["num_attention_heads"] + one["num_key_value_heads"])
+    layer = attention + 3 * hidden * one["intermediate_size"]
+    tables = 1 if one.get("tie_word_embeddings") else 2
+    return 2 * int(one["num_hidden_layers"] * layer + tables * one["vocab_size"] * hidden)
+
+
 def say(text: str) -> None:
     print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
 

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Several models on one GPU under intermittent peaks: elastic against static partitions.
+"""Several models on one GPU under intermittent peaks: elastic against static partitions, and
+against models that have the GPU one at a time.
 
 Three engines are up at once and each has its peak in turn, while the others get a little. Arrivals
-have the rhythm and the lengths of a real trace (``arrivals.py``). Both sides have the same memory
+have the rhythm and the lengths of a real trace (``arrivals.py``). All sides have the same memory
 for KV caches: static gives each engine its part, elastic one ledger to all. The engines of a side
-start once and meet every load point, which is the height of the peaks; both sides get the same
-requests. Points that do not fit into ``--limit`` are skipped, on both sides, and named.
+start once and meet every load point, which is the height of the peaks; all sides get the same
+requests. The third side, ``swap``, is plain engines that sleep (vLLM's sleep mode: weights in the
+host's memory, no KV cache) but for one, which has the others' memory too (``turns.py``). Points
+that do not fit into ``--limit`` are skipped, on all sides, and named.
 
 Time to first token counts from when a request was due, not from when a busy engine took it.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import sys
@@ -48,11 +52,19 @@ def make_jobs(side: str, models: list[str], options: argparse.Namespace, out: Pa
     total = kv_bytes(options)
     works = (WARM_UP, *(arrivals.point_name(rate) for rate in options.rates))
     elastic = side == "elastic"
-    sizes: dict[str, Any] = (
-        {"kv_bytes": None, "capacity_bytes": total, "headroom": options.headroom}
-        if elastic
-        else {"kv_bytes": total // len(models)}
-    )
+    weights = [fleet.weight_bytes(shape) for shape in options.shapes]
+
+    def sizes(index: int) -> dict[str, Any]:
+        if elastic:
+            return {"kv_bytes": None, "capacity_bytes": total, "headroom": options.headroom}
+        if side == "static":
+            return {"kv_bytes": total // len(models)}
+        asleep = 0 if options.device.startswith("host:") else sum(weights) - weights[index]
+        return {
+            "kv_bytes": (total + asleep) // PIECE * PIECE,
+            "turns": str(out / "turns"),
+            "models": len(models),
+        }
 
     def job(index: int, model: str) -> Job:
         name = f"{side}-{index}"
@@ -73,7 +85,7 @@ def make_jobs(side: str, models: list[str], options: argparse.Namespace, out: Pa
             plan=str(out / "plan.json"),
             model_index=index,
             device=options.device,
-            **sizes,
+            **sizes(index),
         )
 
     return [job(index, model) for index, model in enumerate(models)]
@@ -92,6 +104,7 @@ def versions() -> dict[str, str]:
 def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     lengths = Lengths(
         divisor=options.divisor,
+        answer_divisor=options.answer_divisor,
         prompt_max=options.prompt_max,
         output_max=options.output_max,
         prompt=options.fixed[0],
@@ -115,6 +128,7 @@ def heading(options: argparse.Namespace, device: str, plan: dict[str, Any]) -> d
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": " ".join(sys.argv),
         "machine": options.machine or platform.node(),
+        "cpus": os.cpu_count(),
         "device": device,
         "versions": versions(),
         "options": {key: str(value) for key, value in vars(options).items()},
@@ -158,8 +172,8 @@ def main() -> int:
     gpu = None if on_host else nvml.Gpu(device)
     slo = Slo(options.slo_ttft, options.slo_tpot)
     engines = Fleet(out, options.limit)
-    both = report.SIDES if options.first == "static" else report.SIDES[::-1]
-    order = [name for name in both if name in options.sides]
+    names = report.SIDES if options.first == "static" else report.SIDES[::-1]
+    order = [name for name in names if name in options.sides]
     stage = Stage(engines, plan, options.limit, options.in_turn, device, slo, len(order))
     sides: list[Side] = []
     told = heading(options, device, plan)
@@ -196,6 +210,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=float, default=12.0, help="seconds of one model's peak")
     parser.add_argument("--trace", type=Path, help="Azure's CSV or Mooncake's JSON lines")
     parser.add_argument("--divisor", type=float, default=1.0, help="of the trace's lengths")
+    parser.add_argument("--answer-divisor", type=float, default=0.0, help="of answers alone")
     parser.add_argument("--prompt-max", type=int, default=3000)
     parser.add_argument("--output-max", type=int, default=1000)
     parser.add_argument(
@@ -210,12 +225,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slo-tpot", type=float, default=0.05, help="seconds")
     parser.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--step-tokens", type=int, default=8192, help="of a step, at most")
-    parser.add_argument("--first", choices=report.SIDES, default="static")
+    parser.add_argument("--first", choices=("static", "elastic"), default="static")
     parser.add_argument(
         "--sides",
         type=lambda text: text.split(","),
-        default=list(report.SIDES),
-        help="to play only one, where the other plays on another GPU of the machine",
+        default=["static", "elastic"],
+        help="of static, elastic, swap; one, where the others play on another GPU of the machine",
     )
     parser.add_argument(
         "--merge", type=Path, nargs="+", help="only tell what these results say together"

@@ -8,7 +8,9 @@ from typing import Any
 
 from arrivals import spread
 
-SIDES = ("static", "elastic")
+SIDES = ("static", "elastic", "swap")
+AGAINST = {"static": "static", "swap": "one at a time"}
+"""What elastic is compared with, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +84,29 @@ def point_figures(
 
 
 def comparison(sides: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Static over elastic, by load point and group, where both sides have the point."""
-    static, elastic = (sides.get(name, {}).get("points", {}) for name in SIDES)
+    """Each other side over elastic, by load point and group, where both have the point."""
+    elastic = sides.get("elastic", {}).get("points", {})
     found = []
-    for name, theirs in static.items():
-        if name not in elastic:
-            continue
+    both = [
+        (side, name, theirs)
+        for side in AGAINST
+        for name, theirs in sides.get(side, {}).get("points", {}).items()
+        if name in elastic
+    ]
+    for side, name, theirs in both:
         for group in groups_of(theirs):
             before, after = theirs[group], elastic[name][group]
             found.append(
                 {
                     "point": name,
                     "group": group,
+                    "against": side,
                     **{
                         f"{what}_{key}": ratio(before[what], after[what], key)
                         for what in ("ttft_s", "tpot_s")
                         for key in ("mean", "p50", "p99")
                     },
-                    "slo_static": before["slo"],
+                    f"slo_{side}": before["slo"],
                     "slo_elastic": after["slo"],
                 }
             )
@@ -114,9 +121,15 @@ def ratio(before: Mapping[str, float], after: Mapping[str, float], key: str) -> 
     return before[key] / after[key] if before and after and after[key] else None
 
 
-def extremes(compared: Sequence[Mapping[str, Any]], key: str, group: str = "all") -> dict[str, Any]:
+def extremes(
+    compared: Sequence[Mapping[str, Any]], key: str, group: str = "all", against: str = "static"
+) -> dict[str, Any]:
     """The load points at which a ratio is best and worst."""
-    known = [one for one in compared if one["group"] == group and one[key] is not None]
+    known = [
+        one
+        for one in compared
+        if one["group"] == group and one["against"] == against and one[key] is not None
+    ]
     if not known:
         return {}
     best, worst = max(known, key=lambda one: one[key]), min(known, key=lambda one: one[key])
@@ -143,15 +156,16 @@ def table(report: Mapping[str, Any]) -> str:
                 point = sides.get(side, {}).get("points", {}).get(name)
                 if point is not None:
                     lines.append(_line(name, group, side, point))
-    for key, words in (("ttft_s_mean", "TTFT mean"), ("ttft_s_p99", "TTFT p99")):
-        for group in ("all", "peaks"):
-            found = extremes(report["comparison"], key, group)
-            if found:
-                best, worst = found["best"], found["worst"]
-                lines.append(
-                    f"{words}, static over elastic, {group}: best {best['ratio']:.2f} at "
-                    f"{best['point']}, worst {worst['ratio']:.2f} at {worst['point']}"
-                )
+    for side, name in AGAINST.items():
+        for key, words in (("ttft_s_mean", "TTFT mean"), ("ttft_s_p99", "TTFT p99")):
+            for group in ("all", "peaks"):
+                found = extremes(report["comparison"], key, group, side)
+                if found:
+                    best, worst = found["best"], found["worst"]
+                    lines.append(
+                        f"{words}, {name} over elastic, {group}: best {best['ratio']:.2f} at "
+                        f"{best['point']}, worst {worst['ratio']:.2f} at {worst['point']}"
+                    )
     for side, one in sides.items():
         for point, why in one["skipped"].items():
             lines.append(f"not run: {side} {point}: {why}")

@@ -111,6 +111,9 @@ class Stage:
         told: dict[str, Any] = {"memory": side.memory.samples, "engines": {}}
         for job in side.jobs:
             result = self.engines.results.get(job.name, {})
+            told["wakes_s"] = told.get("wakes_s", []) + [
+                took for work in result.get("work", {}).values() for took in work.get("wakes_s", [])
+            ]
             told["engines"][job.name] = {k: v for k, v in result.items() if k != "work"}
         if side.memory.ledger is not None:
             seen = side.memory.ledger.snapshot()
@@ -128,8 +131,8 @@ class Stage:
         expected = LEAD_S + self.plan["points"][point]["span_s"] + DRAIN_S
         if self.sides == 1:
             return self._no_time(expected, END_S)
-        again = side.start_s + sum(side.took_s.values()) + expected
-        return self._no_time(expected, END_S + again + END_S)
+        again = side.start_s + sum(side.took_s.values()) + expected + END_S
+        return self._no_time(expected, END_S + again * (self.sides - 1))
 
     def _no_time(self, point_s: float, later_s: float) -> str:
         left = self.left_s()
@@ -142,10 +145,12 @@ class Stage:
         for job in side.jobs:
             for path in (job.ready_file, *job.start_files, job.hold_file):
                 Path(path).unlink(missing_ok=True)
+        if side.jobs[0].turns:
+            Path(side.jobs[0].turns).unlink(missing_ok=True)
         for job in side.jobs:
             self.engines.start(job)
             side.started.append(job)
-            if self.in_turn:
+            if self.in_turn or job.turns:  # one at a time has room while it is awake
                 self._until(side, job.ready_file)
         for job in side.jobs:
             self._until(side, job.ready_file)

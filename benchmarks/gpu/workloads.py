@@ -8,7 +8,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from turns import Turns
 
 Damage = Callable[[Any], None]
 LOW_TOKEN, HIGH_TOKEN = 10, 120_000
@@ -33,6 +36,7 @@ def play(
     abort_every: int = 0,
     start_s: float | None = None,
     give_up_s: float = float("inf"),
+    turns: Turns | None = None,
 ) -> dict[str, Any]:
     """Sends each request when it is due (``asks`` in order of arrival) and steps the engine until
     the last has answered; returns the answers' tokens in order (None for those that were aborted),
@@ -41,7 +45,8 @@ def play(
     it was sent (a step was under way), from then to its first token, and between tokens.
 
     ``damage`` is done to the worker at one step on the way. ``abort_every`` steps, a request is
-    aborted. ``give_up_s`` seconds after the start, all that have not answered are.
+    aborted. ``give_up_s`` seconds after the start, all that have not answered are. With ``turns``
+    the engine works only when it is its turn.
     """
     engine = llm.llm_engine
     tokens: dict[str, list[int] | None] = {str(index): None for index in range(len(asks))}
@@ -53,7 +58,13 @@ def play(
     sent = 0
     start = time.monotonic() if start_s is None else start_s
     while sent < len(asks) or engine.has_unfinished_requests():
-        while sent < len(asks) and asks[sent].at_s <= time.monotonic() - start:
+        over = time.monotonic() - start > give_up_s
+        if turns is not None and not over:
+            due_s = start + asks[sent].at_s if sent < len(asks) else None
+            if not turns.may_go_on(due_s, engine.has_unfinished_requests()):
+                continue
+        closed = turns is not None and (over or turns.hurries())
+        while sent < len(asks) and asks[sent].at_s <= time.monotonic() - start and not closed:
             late_s.append(time.monotonic() - start - asks[sent].at_s)
             _send(engine, str(sent), asks[sent])
             sent += 1
@@ -61,7 +72,8 @@ def play(
             engine.abort_request([name for name in tokens if int(name) < sent and not tokens[name]])
             break
         if not engine.has_unfinished_requests():
-            time.sleep(max(0.0, asks[sent].at_s - (time.monotonic() - start)))
+            left_s = max(0.0, asks[sent].at_s - (time.monotonic() - start))
+            time.sleep(left_s if turns is None else min(left_s, 0.005))
             continue
         for output in engine.step():
             if output.finished and output.outputs:
@@ -235,57 +247,6 @@ def decode(llm: Any, damage: Damage | None) -> dict[str, Any]:
 def burst(llm: Any, damage: Damage | None) -> dict[str, Any]:
     """Prompts for 20 GiB of an 8B model's KV cache, all at once."""
     return _no_tokens(llm, f"burst-{time.monotonic()}", 128, 1280, 32)
-
-
-def play_point(llm: Any, path: Path, model: int, start_file: Path) -> dict[str, Any]:
-    """One load point of several models (``arrivals.plan``, in ``path``), or its skipping. The start
-    file says which point, and when it begins on the system's monotonic clock: everybody's prompts
-    are made by then.
-    """
-    told = json.loads(start_file.read_text())
-    if told["skip"]:
-        return {"skipped": True}
-    plan = json.loads(path.read_text())
-    point = plan["points"][told["point"]]
-    draw = random.Random(f"{plan['seed']}/{told['point']}/{model}")
-    ids = range(LOW_TOKEN, plan["vocabulary"])
-    asks = [
-        Ask(draw.choices(ids, k=int(prompt)), int(answer), at_s=at_s)
-        for at_s, prompt, answer in point["models"][model]
-    ]
-    forgotten = _forget_all(llm)
-    before = _counters(llm)
-    time.sleep(max(0.0, told["start_s"] - time.monotonic()))
-    limit = point["span_s"] + plan["give_up_s"]
-    result = play(llm, asks, start_s=told["start_s"], give_up_s=limit)
-    after = _counters(llm)
-    given = result["tokens"]
-    return {
-        "skipped": False,
-        "forgotten": forgotten,
-        "seconds": result["seconds"],
-        "each": [
-            None if row is None else [*(round(value, 5) for value in row), len(answer or ())]
-            for row, answer in zip(result["each"], given, strict=True)
-        ],
-        "steps": result["steps"],
-        **{name: after[name] - before[name] for name in after},
-    }
-
-
-def _forget_all(llm: Any) -> bool:
-    """Drops the prefix cache; False where the engine would not within five seconds."""
-    for _ in range(100):
-        if llm.reset_prefix_cache() is not False:
-            return True
-        time.sleep(0.05)  # the last step's blocks are held a moment longer
-    return False
-
-
-def _counters(llm: Any) -> dict[str, float]:
-    names = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits")
-    metrics = llm.get_metrics()
-    return {name: sum(m.value for m in metrics if m.name == f"vllm:{name}") for name in names}
 
 
 def _no_tokens(llm: Any, seed: str, count: int, prompt: int, answer: int) -> dict[str, Any]:

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu
 import arrivals
 import fleet
 import multi_llm_report as report
+import points
+import sweep
 import throughput
 from arrivals import Lengths, Peaks
 from multi_llm_report import Slo
@@ -57,7 +59,9 @@ def test_an_even_trace_arrives_as_the_rate_says() -> None:
 
 
 def test_rows_keep_their_order_and_lengths() -> None:
-    models = arrivals.schedule(PEAKS, EVEN, Lengths(prompt_max=140), "7")
+    models, beginnings = arrivals.schedule(PEAKS, EVEN, Lengths(prompt_max=140), "7")
+    assert [len(each) for each in beginnings] == [len(asks) for asks in models]
+    assert not any(map(any, beginnings)), "this trace names none"
     for asks in models:
         rows = [int(answer) - 10 for _, _, answer in asks]
         assert all((b - a) % 50 == 1 for a, b in itertools.pairwise(rows))
@@ -83,6 +87,35 @@ def test_lengths_may_be_fixed() -> None:
     assert Lengths(prompt=256, output=128).of(EVEN[3]) == (256, 128)
     assert Lengths(divisor=2.0).of(EVEN[20]) == (60, 15)
     assert Lengths(divisor=100.0).of(EVEN[20]) == (16, 8)
+
+
+NAMED = [Arrival(float(i), 1024 + i, 40, (7, i % 3, 90 + i)) for i in range(50)]
+
+
+def test_names_of_a_trace_become_equal_beginnings() -> None:
+    lengths = Lengths(divisor=4.0, answer_divisor=1.0)
+    plan = arrivals.plan([6.0], PEAKS, NAMED, lengths, seed=1, vocabulary=1000, give_up_s=1.0)
+    assert plan["prefix_tokens"] == 128
+    asks = points.point_asks(plan, "6/s", 1)
+    names = plan["points"]["6/s"]["prefixes"][1]
+    assert asks == points.point_asks(json.loads(json.dumps(plan)), "6/s", 1)
+    assert {len(ask.prompt) for ask in asks} <= set(range(256, 270)) and asks[0].max_tokens == 40
+    shared = 0
+    for (one, its), (other, theirs) in itertools.pairwise(zip(asks, names, strict=True)):
+        equal = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(its, theirs)))  # noqa: B905
+        least = min(128 * equal, len(one.prompt), len(other.prompt))
+        assert one.prompt[:least] == other.prompt[:least]
+        assert one.prompt[: least + 8] != other.prompt[: least + 8]
+        shared += equal
+    assert shared >= len(asks) - 1, "all begin with the same name"
+    assert asks[0].prompt[:128] != points.point_asks(plan, "6/s", 2)[0].prompt[:128]
+
+
+def test_a_prompt_that_is_cut_has_no_names_for_what_is_gone() -> None:
+    row = Arrival(0.0, 2000, 10, (1, 2, 3, 4))
+    assert Lengths(divisor=4.0).prefixes(row) == [1, 2, 3, 4]
+    assert Lengths(divisor=4.0, prompt_max=130).prefixes(row) == [1, 2]
+    assert Lengths(prompt=256, output=8).prefixes(row) == []
 
 
 def test_a_spread_has_the_nearest_rank() -> None:
@@ -144,6 +177,28 @@ def test_the_table_names_the_best_and_the_worst_point() -> None:
     assert "TTFT mean, static over elastic, all: best 3.50 at 16/s, worst 1.00 at 8/s" in text
     assert "not run: elastic 24/s: no time" in text
     assert text.count("24/s     all") == 1, "the static side alone has it"
+
+
+def test_elastic_is_compared_with_turns_too() -> None:
+    fast, slow = point(ROWS), point([[0.0, 8.0, 0.02, 4], *ROWS[1:]])
+    sides = {
+        name: {"points": {"8/s": one}, "skipped": {}}
+        for name, one in (("static", fast), ("elastic", fast), ("swap", slow))
+    }
+    compared = {"sides": sides, "comparison": report.comparison(sides)}
+    text = report.table(compared)
+    assert "TTFT mean, static over elastic, all: best 1.00 at 8/s" in text
+    assert "TTFT mean, one at a time over elastic, all: best 3.50 at 8/s" in text
+    assert {one["against"] for one in compared["comparison"]} == {"static", "swap"}
+
+
+def test_gpus_of_a_sweep_play_neighbours_at_the_same_time() -> None:
+    first, second = sweep.lanes(sweep.PLAY, 2)
+    for one, other in zip(first, second, strict=True):
+        assert one[0] == other[0] and {one[1], other[1]} == {"static", "elastic"}
+    assert {side for _, side in first} == {"static", "elastic"}, "no side has a GPU of its own"
+    assert all(part in sweep.PARTS for part, _ in first)
+    assert sweep.lanes(sweep.PLAY, 1) == [[tuple(each.split(":")) for each in sweep.PLAY]]
 
 
 def test_both_sides_are_drawn(tmp_path: Path) -> None:

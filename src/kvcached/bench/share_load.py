@@ -26,6 +26,8 @@ PROMPT_TOKENS = (64, 2048)
 OUTPUT_TOKENS = (32, 512)
 TRACE_ROWS = 4000
 """Rows that are read of a trace file."""
+PREFIX_TOKENS = 512
+"""Tokens that one name in Mooncake's traces stands for."""
 LOADS = ("endless", "bursts", "poisson", "trace")
 
 
@@ -36,6 +38,10 @@ class Arrival:
     at_s: float
     prompt_tokens: int
     output_tokens: int
+    prefixes: tuple[int, ...] = ()
+    """A name for each ``PREFIX_TOKENS`` of the prompt, where the trace has them: where names are
+    the same from the beginning on, prompts are.
+    """
 
 
 def arrivals(
@@ -120,7 +126,10 @@ def _rows(stream: Iterator[str], suffix: str) -> Iterator[Arrival]:
         for line in stream:
             row = json.loads(line)
             yield Arrival(
-                float(row["timestamp"]) / 1000, int(row["input_length"]), int(row["output_length"])
+                float(row["timestamp"]) / 1000,
+                int(row["input_length"]),
+                int(row["output_length"]),
+                tuple(row.get("hash_ids", ())),
             )
         return
     for row in csv.DictReader(stream):
