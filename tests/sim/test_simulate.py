@@ -196,19 +196,62 @@ def test_a_sweep_ends_where_all_meet_the_slo() -> None:
     assert found["needed"]["elastic"] <= found["needed"]["even"]
 
 
-def real(tmp_path: Path) -> Path:
+def test_what_requests_leave_is_cached_until_somebody_needs_it() -> None:
+    memory = Elastic(10 * PAGE, [PAGE, PAGE], caching=True)
+    assert memory.ensure(0, 9 * PAGE)
+    memory.settle(0, 2 * PAGE, waits=False)
+    assert memory.free == 0, "its cache holds the rest"
+    assert memory.ensure(1, 8 * PAGE), "what answers nobody goes to who has requests"
+    assert memory.free == 0
+    memory.settle(1, 3 * PAGE, waits=False)
+    assert memory.ensure(0, 7 * PAGE) and not memory.ensure(1, 4 * PAGE)
+    memory.settle(1, 3 * PAGE, waits=True)
+    memory.settle(0, 2 * PAGE, waits=False)
+    assert memory.ensure(1, 4 * PAGE)
+
+
+def test_the_own_cache_goes_before_what_others_wait_for() -> None:
+    memory = Elastic(10 * PAGE, [PAGE, PAGE], caching=True)
+    assert memory.ensure(0, 6 * PAGE)
+    memory.settle(0, 2 * PAGE, waits=False)
+    assert memory.free == 3 * PAGE and memory.ensure(0, 4 * PAGE)
+    assert memory.free == PAGE, "nobody waits: idle memory first"
+    memory.settle(0, 2 * PAGE, waits=False)
+    assert not memory.ensure(1, 9 * PAGE), "two pages are in use"
+    assert memory.ensure(0, 2 * PAGE) and memory.closed(1) is False
+
+
+def test_engines_on_cores_of_their_own_do_not_share_the_time() -> None:
+    two = Device(at_once=2)
+    alone, beside, other = (Request(0.0, 100, 400) for _ in range(3))
+    play([Engine(LLAMA, two, Static([8 * GIB]), 0, [alone])], 100.0, 2)
+    parts = Static([8 * GIB] * 2)
+    play([Engine(LLAMA, two, parts, i, [r]) for i, r in enumerate((beside, other))], 100.0, 2)
+    assert alone.end_s is not None
+    assert beside.end_s == pytest.approx(alone.end_s) == other.end_s
+
+
+def test_steps_end_when_the_next_request_arrives() -> None:
+    step_s = LLAMA.step_s(DEVICE, 150, 0)
+    first, second = Request(0.0, 100, 400), Request(20.2 * step_s, 100, 4)
+    play([Engine(LLAMA, DEVICE, Static([8 * GIB]), 0, [first, second])], 100.0)
+    assert second.ttft_s is not None
+    assert second.ttft_s < LLAMA.step_s(DEVICE, 200, 100) + 1.5 * step_s
+
+
+def real(tmp_path: Path, device: Device = DEVICE) -> Path:
     """A result of multi_llm.py, with the simulation's own figures as the real ones."""
     asks = [[[0.02 * i, 700, 150] for i in range(120)], [[5.0, 300, 50]]]
     plan = {"give_up_s": 60.0, "points": {"10/s": {"span_s": 12.0, "models": asks}}}
     sides = {}
     for side in ("static", "elastic"):
-        ended = sim_check.simulate(["8b", "1b"], 4 * GIB, side, asks, 72.0)
-        ttft = sorted(r.ttft_s or 0.0 for r in ended)
-        point = {
-            "all": {"ttft_s": {"mean": sum(ttft) / len(ttft), "p99": ttft[119]}, "slo": 0.5},
-            "preemptions": [1.0, 2.0],
+        ended = sim_check.simulate(["8b", "1b"], 4 * GIB, side, asks, 72.0, device)
+        found = sim_check.figures_of(ended, Slo(1.0, 0.05))
+        seen = {
+            key: {one: found[f"{key[:4]}_{one}_s"] for one in ones}
+            for key, ones in (("ttft_s", ("mean", "p50", "p99")), ("tpot_s", ("mean", "p50")))
         }
-        point["all"]["tpot_s"] = {"p50": 0.01}
+        point = {"all": {**seen, "slo": found["slo"]}, "preemptions": [1.0, 2.0]}
         sides[side] = {"points": {"10/s": point}}
     told = {
         "slo": {"ttft_s": 1.0, "tpot_s": 0.05},
@@ -230,11 +273,35 @@ def test_a_real_run_is_played_again(tmp_path: Path) -> None:
     for row in rows:
         assert row["simulated"]["ttft_mean_s"] == pytest.approx(row["real"]["ttft_mean_s"])
         assert row["simulated"]["ttft_p99_s"] == pytest.approx(row["real"]["ttft_p99_s"], abs=1e-4)
+        assert row["agrees"]
     static, elastic = rows
     assert static["simulated"]["ttft_mean_s"] > elastic["simulated"]["ttft_mean_s"]
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ConfigError, match="not a result"):
         sim_check.check(tmp_path / "other.json")
+
+
+def test_a_slower_machine_is_found_and_the_other_side_foretold(tmp_path: Path) -> None:
+    slow = Device(bandwidth=1.5e12, compute=200e12, step_overhead_s=0.002)
+    path = real(tmp_path, slow)
+    asis, fitted = sim_check.check(path), sim_check.check(path, fit=True)
+    assert not asis["agrees"] and fitted["agrees"]
+    static, elastic = fitted["rows"]
+    assert elastic["side"] == "elastic" and static["simulated"]["slo"] < 1
+    for key in ("ttft_mean_s", "tpot_p50_s"):
+        assert elastic["simulated"][key] == pytest.approx(elastic["real"][key], rel=0.2)
+    (ratio,) = fitted["ratios"]
+    assert ratio["simulated"] == pytest.approx(ratio["real"], rel=0.25)
+
+
+def test_what_depends_on_contents_is_left_out(tmp_path: Path) -> None:
+    path = real(tmp_path)
+    told = json.loads(path.read_text())
+    told["plan"]["points"]["10/s"]["prefixes"] = [[[1]], [[1]]]
+    path.write_text(json.dumps(told))
+    checked = sim_check.check(path)
+    assert checked["left_out"] == ["10/s"] and checked["rows"] == []
+    assert not checked["agrees"], "nothing was compared"
 
 
 def test_the_command_prints_a_table_or_json_and_draws(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ of decoding steps.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,16 +98,22 @@ class Engine:
         """When the first of the requests that wait arrived."""
         return self._waiting[0].at_s
 
-    def work(self, now: float, most_steps: int) -> float:
-        """Up to so many steps; returns how long they take, 0 where memory is missing for any."""
+    def work(self, now: float, most_steps: int, soon_s: float | None = None) -> float:
+        """Up to so many steps, and no longer than until ``soon_s``, when the next request arrives;
+        returns how long they take, 0 where memory is missing for any.
+        """
         self._admit()
+        if soon_s is not None and most_steps > 1 and self._decoding:
+            one_s = self._shape.step_s(self._device, self._context, 0, len(self._decoding))
+            most_steps = max(1, min(most_steps, math.ceil((soon_s - now) / one_s)))
         steps = self._decoding_steps(most_steps)
         chunk = self._chunk()
         if not self._decoding and not chunk:
             return 0.0
         batch = len(self._decoding)
         context = self._context + batch * (steps - 1) // 2
-        took = steps * self._shape.step_s(self._device, context, chunk)
+        requests = batch + len(self._prefilling)
+        took = steps * self._shape.step_s(self._device, context, chunk, requests)
         self._steps += steps
         self._context += steps * batch
         self._held += steps * batch
@@ -209,26 +216,36 @@ class Engine:
         return (tokens + HALF_BLOCK * requests) * self._shape.token_bytes
 
 
-def play(engines: Sequence[Engine], until_s: float) -> None:
-    """Plays one GPU's engines until then, or until all requests have ended."""
-    now, turn = 0.0, 0
-    while now < until_s:
-        for engine in engines:
-            engine.arrive(now)
-        active = [engine for engine in engines if engine.has_work]
-        if not active:
-            arrivals = [at_s for engine in engines if (at_s := engine.next_arrival_s()) is not None]
-            if not arrivals:
-                return
-            now = min(arrivals)
-            continue
-        most = STEPS_ALONE if len(active) == 1 else STEPS_SHARED
+def play(engines: Sequence[Engine], until_s: float, at_once: int = 1) -> None:
+    """Plays one GPU's engines until then, or until all requests have ended. ``at_once`` of them
+    take steps at the same time.
+    """
+    turn = 0
+    busy: dict[int, float] = {}  # until when, by engine
+    lanes = [0.0] * at_once  # when each is free
+    while lanes and lanes[0] < until_s:
+        now = heapq.heappop(lanes)
+        busy = {index: end for index, end in busy.items() if end > now}
+        for index, engine in enumerate(engines):
+            if index not in busy:  # a step does not look for arrivals
+                engine.arrive(now)
+        ready = [i for i, engine in enumerate(engines) if engine.has_work and i not in busy]
+        arrivals = [at_s for engine in engines if (at_s := engine.next_arrival_s()) is not None]
+        soon_s = min(arrivals, default=None)
+        most = STEPS_ALONE if len(ready) == 1 else STEPS_SHARED
         turn += 1
         took = 0.0
-        for offset in range(len(active)):
-            took = active[(turn + offset) % len(active)].work(now, most)
+        for offset in range(len(ready)):
+            index = ready[(turn + offset) % len(ready)]
+            took = engines[index].work(now, most, soon_s)
             if took > 0:
+                busy[index] = now + took
+                heapq.heappush(lanes, now + took)
                 break
-        if took == 0:
+        if took > 0:
+            continue
+        later = [*busy.values(), *(at_s for at_s in arrivals if at_s > now)]
+        if later:
+            heapq.heappush(lanes, min(later))
+        elif ready:
             raise RuntimeError(f"nobody can go on at {now:.1f} s: memory was lost")
-        now += took

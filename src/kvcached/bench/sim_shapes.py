@@ -21,6 +21,10 @@ class Device:
     bandwidth: float = 2.7e12
     compute: float = 500e12
     step_overhead_s: float = 0.0006
+    request_overhead_s: float = 0.0
+    """Of a step, for each request in it."""
+    at_once: int = 1
+    """Engines that take steps side by side, each as fast as alone: the cores of a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +45,17 @@ class Shape:
         """What an engine holds beside its KV cache: weights, context, graphs, activations."""
         return self.weight_bytes + round(2.3 * GIB)
 
-    def step_s(self, device: Device, context_tokens: int, prompt_tokens: int) -> float:
-        """How long a step takes that decodes over so much context and computes such prompts."""
+    def step_s(
+        self, device: Device, context_tokens: int, prompt_tokens: int, requests: int = 0
+    ) -> float:
+        """How long a step of so many requests takes that decodes over so much context and computes
+        such prompts.
+        """
         compute = 2 * self.parameters * prompt_tokens / device.compute
         weights = self.weight_bytes / device.bandwidth
         context = context_tokens * self.token_bytes / device.bandwidth
-        return device.step_overhead_s + max(weights, compute) + context
+        overhead = device.step_overhead_s + requests * device.request_overhead_s
+        return overhead + max(weights, compute) + context
 
 
 SHAPES = {
@@ -57,3 +66,5 @@ SHAPES = {
         Shape("8b", 8.03e9, 128 * KIB, 32 << 20),
     )
 }
+TINY = Shape("tiny", 4.46e6, 4 * KIB, 512 * KIB)
+"""What benchmarks run on a CPU, in 32 bits: only for ``bench.sim_check``."""

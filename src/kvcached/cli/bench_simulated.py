@@ -91,6 +91,10 @@ def simulate(
     check: Annotated[
         Path | None, typer.Option(help="A result of multi_llm.py to compare the simulation with.")
     ] = None,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="With --check: the machine as fast as suits its static side."),
+    ] = False,
     plot: Plot = None,
     as_json: JsonBesideProgress = False,
 ) -> None:
@@ -114,7 +118,7 @@ def simulate(
 
     console = Console(stderr=True)
     if check is not None:
-        checked = sim_check.check(check)
+        checked = sim_check.check(check, fit)
         _show(checked, _check_table, as_json)
         return
     sizes = mix.split(",")
@@ -199,18 +203,34 @@ def _simulation_table(result: dict[str, Any]) -> Table:
 
 
 def _check_table(result: dict[str, Any]) -> Table:
-    table = Table(
-        title=f"Real and simulated, {result['run']} ({result['machine']}, {result['date']})",
-        title_justify="left",
+    ratios = ", ".join(
+        f"{each['point']} {each['real']:.2f} / {each['simulated']:.2f}"
+        for each in result["ratios"]
+        if "real" in each and "simulated" in each
     )
-    for heading in ("point", "side", "TTFT mean", "TTFT p99", "TPOT p50", "SLO", "preempted"):
+    fitted = f"fitted to the {result['fitted_to']} side" if result["fitted_to"] else "not fitted"
+    table = Table(
+        title=f"Real and simulated, {result['run']} ({result['machine']}, {result['date']}), "
+        f"the machine's speed {fitted}",
+        title_justify="left",
+        caption=f"TTFT mean, static over elastic: {ratios}",
+        caption_justify="left",
+    )
+    for heading in ("point", "side", "TTFT mean", "TTFT p99", "TPOT p50", "SLO", "preempted", ""):
         table.add_column(heading, justify="left" if heading in ("point", "side") else "right")
     for row in result["rows"]:
-        pairs = [(row["real"][key], row["simulated"][key]) for key in row["real"]]
-        cells = [f"{_ms(real)} / {_ms(simulated)}" for real, simulated in pairs[:3]]
-        cells.append(f"{pairs[3][0]:.1%} / {pairs[3][1]:.1%}")
-        cells.append(f"{pairs[4][0]:.0f} / {pairs[4][1]}")
-        table.add_row(row["point"], row["side"], *cells)
+        real, ours = row["real"], row["simulated"]
+        table.add_row(
+            row["point"],
+            row["side"],
+            *(
+                f"{_ms(real[key])} / {_ms(ours[key])}"
+                for key in ("ttft_mean_s", "ttft_p99_s", "tpot_p50_s")
+            ),
+            f"{real['slo']:.1%} / {ours['slo']:.1%}",
+            f"{real['preempted']:.0f} / {ours['preempted']}",
+            "agrees" if row["agrees"] else "does not",
+        )
     return table
 
 
