@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvcached.answers import Answers
 from kvcached.errors import ConfigError, KvcachedError
 from kvcached.sharing import FairShare, Rival
 from kvcached.traffic import Traffic
@@ -116,6 +117,7 @@ class PagePool:
         self._ahead: dict[int, None] = {}
         self._traffic = Traffic(blocks.present_pages - blocks.empty_pages)
         self._reclaimed_before = 0
+        self._answers = Answers()
 
     # --- growing
 
@@ -370,9 +372,10 @@ class PagePool:
         blocks, size = self.blocks, self.page_bytes
         idle, empty = self.idle_pages(), blocks.empty_pages
         busy = blocks.present_pages - idle - empty
-        self._working = self._works()
+        hits, misses, evictions = self.cache_counts()
+        self._working = self._works() and self._answers.enough(hits, misses)
         self._account.publish(busy * size, idle * size, empty * size, self._working)
-        self._account.publish_cache(*self.cache_counts(), self.counters.evicted_blocks)
+        self._account.publish_cache(hits, misses, evictions, self.counters.evicted_blocks)
 
     def _works(self) -> bool:
         was_busy, self._busy = self._busy, self.blocks_in_use() > 1
