@@ -9,7 +9,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
@@ -28,18 +27,19 @@ constexpr int kOfThread = O_EXCL;          // PIDFD_THREAD, Linux 6.9
 constexpr char kName[] = "kvcached-life";  // of the watching thread; 15 characters at most
 constexpr int kFirstLookMs = 250;
 constexpr int kLastLookMs = 64 * 1000;
+constexpr int kNone = -1;    // no descriptor: poll passes over it
 constexpr int kFirst = -20;  // nice: ahead of every thread with an ordinary one
 
 int pidfd_open(int pid, int flags) {
   return static_cast<int>(syscall(SYS_pidfd_open, pid, flags));
 }
 
-// A pidfd of the process's own watching thread; -1 if it has none (yet).
+// A pidfd of the process's own watching thread; kNone if it has none (yet).
 int open_life(int pid) {
   const std::string folder = "/proc/" + std::to_string(pid) + "/task/";
   DIR* tasks = opendir(folder.c_str());
-  if (tasks == nullptr) return -1;
-  int found = -1;
+  if (tasks == nullptr) return kNone;
+  int found = kNone;
   while (const dirent* task = found < 0 ? readdir(tasks) : nullptr) {
     FILE* file = std::fopen((folder + task->d_name + "/comm").c_str(), "re");
     if (file == nullptr) continue;
@@ -54,11 +54,11 @@ int open_life(int pid) {
   return found;
 }
 
-// Puts all threads of this process ahead of others, where the system lets it (CAP_SYS_NICE): each
-// of them still has to run once to end, the last one takes down the memory, and on busy cores they
-// would wait their turns for that.
-void go_first() {
-  DIR* tasks = opendir("/proc/self/task");
+// Puts all threads of a dying process ahead of others, where the system lets it (CAP_SYS_NICE):
+// each of them still has to run once to end, the last one takes down the memory, and on busy cores
+// they would wait their turns for that.
+void go_first(int pid) {
+  DIR* tasks = opendir(("/proc/" + std::to_string(pid) + "/task").c_str());
   if (tasks == nullptr) return;
   while (const dirent* task = readdir(tasks)) {
     const int thread = std::atoi(task->d_name);
@@ -76,38 +76,49 @@ class Watch {
     if (descriptor < 0) return errno != ESRCH;
     pids_.push_back(pid);
     watched_.push_back({descriptor, POLLIN, 0});
+    watched_.push_back({kNone, POLLIN, 0});
     return true;
   }
 
-  bool empty() const { return watched_.empty(); }
+  bool empty() const { return pids_.empty(); }
 
   // Returns when one of the processes dies.
   void wait() {
     int look_ms = kFirstLookMs;
     while (true) {
-      if (!pids_.empty()) find_lives();
       // A process that is no engine's never gets such a thread: look ever less often, then stop.
-      if (pids_.empty() || look_ms > kLastLookMs) look_ms = -1;
+      if (find_lives() || look_ms > kLastLookMs) look_ms = -1;
       if (poll(watched_.data(), watched_.size(), look_ms) > 0) return;
       if (look_ms > 0) look_ms *= 2;
+    }
+  }
+
+  // Has those that are dying go down first: one that was killed could not do that for itself.
+  void put_dying_first() {
+    for (size_t i = 0; i < pids_.size(); ++i) {
+      const bool dying = life(i).fd != kNone && life(i).revents != 0;
+      const bool there = poll(&watched_[2 * i], 1, 0) == 0;  // so its number is nobody else's yet
+      if (dying && there) go_first(pids_[i]);
     }
   }
 
  private:
   // The kernel says that a process has ended when it has taken down its memory: 50 ms a gigabyte
   // where a core is free, a second where none is. A thread that sleeps is gone before that, and
-  // every process that watches has one.
-  void find_lives() {
-    const auto found = [this](int pid) {
-      const int life = open_life(pid);
-      if (life >= 0) watched_.push_back({life, POLLIN, 0});
-      return life >= 0;
-    };
-    pids_.erase(std::remove_if(pids_.begin(), pids_.end(), found), pids_.end());
+  // every process that watches has one. Returns whether all of them are known.
+  bool find_lives() {
+    bool all = true;
+    for (size_t i = 0; i < pids_.size(); ++i) {
+      if (life(i).fd == kNone) life(i).fd = open_life(pids_[i]);
+      all = all && life(i).fd != kNone;
+    }
+    return all;
   }
 
-  std::vector<int> pids_;  // whose watching threads are not found yet
-  std::vector<pollfd> watched_;
+  pollfd& life(size_t i) { return watched_[2 * i + 1]; }
+
+  std::vector<int> pids_;
+  std::vector<pollfd> watched_;  // of each its pidfd, and that of its watching thread
 };
 
 }  // namespace
@@ -121,8 +132,9 @@ void end_with(const std::vector<int>& pids, double grace_s) {
     pthread_setname_np(pthread_self(), kName);
     setpriority(PRIO_PROCESS, 0, kFirst);  // of this thread, which sleeps until the end
     if (!ended) watch.wait();
+    watch.put_dying_first();
     std::this_thread::sleep_for(std::chrono::duration<double>(grace_s));
-    go_first();
+    go_first(getpid());
     kill(getpid(), SIGKILL);
   }).detach();
 }
