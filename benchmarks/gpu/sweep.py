@@ -2,34 +2,36 @@
 """The sweep of ``multi_llm.py`` on a machine with several GPUs, within one limit of time.
 
 Each part is a table of its own: a trace or a fixed shape, and the heights of the peaks. The sides
-of a part play the same requests, each on a GPU that it has to itself, and at the same time where
-there are two. The first matter most: what no time is left for is skipped, and named. vLLM is
-imported once for each GPU, and each side of a part is a fork.
+of a part play the same requests, each on a GPU that it has to itself: a GPU that is free takes what
+is next in the list, so that neighbours mostly play at the same time. The first matter most: what no
+time is left for is skipped, and named. vLLM is imported once for each GPU, and each side of a part
+is a fork.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shlex
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fleet
 import multi_llm
 from fleet import say
 
-SPAN = "--width 10 --give-up 15"
+SPAN = "--width 8 --give-up 12"
 PARTS = {
-    "azure": f"{SPAN} --rates 20,16,24,28",
+    "azure": f"{SPAN} --rates 20,24,28,16",
     "reference": f"{SPAN} --rates 60,40,80 --fixed 256,256 --no-prefix-caching",
     "mooncake": f"{SPAN} --rates 12,10 --divisor 4 --answer-divisor 1 --shapes 8b,1b,8b",
     "uncached": f"{SPAN} --rates 20,24 --no-prefix-caching",
-    "again": f"{SPAN} --rates 20,16 --seed 2",
+    "again": f"{SPAN} --rates 24 --seed 2",
 }
 """Options of ``multi_llm.py`` for each part."""
 PLAY = (
@@ -39,22 +41,35 @@ PLAY = (
     "reference:static",
     "mooncake:static",
     "mooncake:elastic",
+    "azure:swap",
+    "again:elastic",
+    "again:static",
 )
-LEAST_S = 75.0
-"""Nothing is begun when less time is left: engines start in 15 s, and a point takes 45 s."""
+LEAST_S = 65.0
+"""Nothing is begun when less time is left: engines start in 15 s, and a point takes 35 s."""
 
 
-def lanes(play: Sequence[str], gpus: int) -> list[list[tuple[str, str]]]:
-    """What each GPU plays, one after the other: neighbours in the list at the same time."""
-    pairs = [(each.partition(":")[0], each.partition(":")[2]) for each in play]
-    return [pairs[lane::gpus] for lane in range(gpus)]
+def numbers(path: Path) -> Iterator[int]:
+    """0, 1, 2 and so on, each to one of the processes that share the file."""
+    with path.open("a+") as shared:
+        while True:
+            fcntl.flock(shared, fcntl.LOCK_EX)
+            shared.seek(0)
+            number = len(shared.read())
+            shared.write(".")
+            shared.flush()
+            fcntl.flock(shared, fcntl.LOCK_UN)
+            yield number
 
 
 def play_lane(options: argparse.Namespace) -> int:
-    """One GPU's share of it."""
+    """One GPU's share of it: whatever is next."""
     fleet.preload(options.device.startswith("host:"))
     failed = 0
-    for part, side in lanes(options.play, len(options.gpus))[options.lane]:
+    for number in numbers(options.out / "next"):
+        if number >= len(options.play):
+            break
+        part, _, side = options.play[number].partition(":")
         left_s = options.until - time.monotonic()
         if left_s < LEAST_S:
             say(f"{part}, {side}: not begun, {left_s:.0f} s are left")
@@ -98,6 +113,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.lane is not None:
         return play_lane(options)
+    (options.out / "next").unlink(missing_ok=True)
     until = str(time.monotonic() + options.limit)
     lanes_ = []
     for lane, gpu in enumerate(options.gpus):

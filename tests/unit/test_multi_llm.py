@@ -192,13 +192,13 @@ def test_elastic_is_compared_with_turns_too() -> None:
     assert {one["against"] for one in compared["comparison"]} == {"static", "swap"}
 
 
-def test_gpus_of_a_sweep_play_neighbours_at_the_same_time() -> None:
-    first, second = sweep.lanes(sweep.PLAY, 2)
-    for one, other in zip(first, second, strict=True):
-        assert one[0] == other[0] and {one[1], other[1]} == {"static", "elastic"}
-    assert {side for _, side in first} == {"static", "elastic"}, "no side has a GPU of its own"
-    assert all(part in sweep.PARTS for part, _ in first)
-    assert sweep.lanes(sweep.PLAY, 1) == [[tuple(each.split(":")) for each in sweep.PLAY]]
+def test_gpus_of_a_sweep_take_what_is_next(tmp_path: Path) -> None:
+    first, second = sweep.numbers(tmp_path / "next"), sweep.numbers(tmp_path / "next")
+    assert [next(first), next(second), next(second), next(first)] == [0, 1, 2, 3]
+    parts = [tuple(each.split(":")) for each in sweep.PLAY]
+    assert all(part in sweep.PARTS and side in report.SIDES for part, side in parts)
+    for part in {part for part, _ in parts}:
+        assert {(part, "static"), (part, "elastic")} <= set(parts), "nothing is left alone"
 
 
 def test_both_sides_are_drawn(tmp_path: Path) -> None:
