@@ -141,7 +141,7 @@ def heading(options: argparse.Namespace, device: str, plan: dict[str, Any]) -> d
     }
 
 
-def merge(out: Path, parts: list[Path]) -> int:
+def merge(out: Path, parts: list[Path], plot: Path | None = None) -> int:
     """One report of sides that played at the same time, each on a GPU of its own."""
     told, *others = [json.loads(path.read_text()) for path in parts]
     for other in others:
@@ -152,6 +152,8 @@ def merge(out: Path, parts: list[Path]) -> int:
     told["comparison"] = report.comparison(told["sides"])
     out.mkdir(parents=True, exist_ok=True)
     (out / "multi_llm.json").write_text(json.dumps(told))
+    if plot is not None:
+        pictures.multi_llm(told, plot)
     print(report.table(told))
     return int(any("problem" in side for side in told["sides"].values()))
 
@@ -159,7 +161,7 @@ def merge(out: Path, parts: list[Path]) -> int:
 def main() -> int:
     options = parse()
     if options.merge:
-        return merge(options.out, options.merge)
+        return merge(options.out, options.merge, options.plot)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / "ledger", ignore_errors=True)  # its high-water mark is of this run

@@ -26,6 +26,7 @@ from fleet import Fleet
 from sharing import Watch, pause, until
 
 from kvcached import nvml
+from kvcached.bench import pictures
 from kvcached.ledger import Ledger
 
 WAVES = (("idle", "burst"), ("busy", "another-burst"))
@@ -94,7 +95,21 @@ def movement(samples: Sequence[Sample]) -> dict[str, Any]:
         "waits": len(waits),
         "wait_p50_ms": 1e3 * waits[len(waits) // 2] if waits else None,
         "wait_longest_ms": 1e3 * waits[-1] if waits else None,
+        "curve": curve(samples, asked),
     }
+
+
+def curve(samples: Sequence[Sample], asked_s: float) -> list[list[float]]:
+    """[ms after the demand, A's and B's charge and B's demand in GiB], where any of them changed;
+    two seconds of it.
+    """
+    rows: list[list[float]] = []
+    for one in samples:
+        sizes = [round(size / GIB, 3) for size in (one.a_charge, one.b_charge, one.b_demand)]
+        at_ms = round(1e3 * (one.at_s - asked_s), 1)
+        if -100 < at_ms < 2000 and (not rows or rows[-1][1:] != sizes):
+            rows.append([at_ms, *sizes])
+    return rows
 
 
 def step_times(ends: Sequence[float], since: float, until: float) -> dict[str, Any]:
@@ -223,6 +238,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
     parser.add_argument("--shape", choices=sorted(fleet.SHAPES), default="8b")
     parser.add_argument("--runner", choices=("V1", "V2"), default="V2")
+    parser.add_argument("--plot", type=Path, help="a PNG to write; needs matplotlib")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds in all")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -240,6 +256,8 @@ def main() -> int:
     stage.engines.finish(stage.watch.tick)
     told = figures(seen, stage.engines.results)
     (out / "reclaim.json").write_text(json.dumps(told, indent=1))
+    if options.plot is not None:
+        pictures.moved(told, options.plot)
     print(table(told))
     return 0
 

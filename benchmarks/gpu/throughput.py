@@ -21,6 +21,8 @@ import fleet
 from engine import GIB, Job
 from fleet import Fleet
 
+from kvcached.bench import pictures
+
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "kvcached": {"elastic": True},
@@ -170,6 +172,7 @@ def main() -> int:
     parser.add_argument("--paced", default="", help="runners that also get paced requests")
     parser.add_argument("--contexts", default="", help="more work: short, long")
     parser.add_argument("--prefix-caching", action="store_true", help="in all engines")
+    parser.add_argument("--plot", type=Path, help="a PNG to write; needs matplotlib")
     parser.add_argument("--limit", type=float, default=420.0, help="seconds in all")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -189,6 +192,8 @@ def main() -> int:
         engines.run_all(chosen, 1)
         summaries.append(summary(engines.results, runner, kinds))
     (out / "throughput.json").write_text(json.dumps(summaries, indent=1))
+    if options.plot is not None:
+        pictures.overhead(summaries, options.plot)
     print(table(summaries))
     return 0 if not any("problem" in one for one in summaries) else 1
 

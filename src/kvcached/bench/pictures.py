@@ -99,3 +99,98 @@ def multi_llm(report: dict[str, Any], path: Path) -> None:
             axes.set_xlabel("height of the peaks, requests a second")
             axes.set_ylabel(f"time to the first token, {key}, s")
             axes.legend(frameon=False)
+
+
+def elasticity(result: dict[str, Any], path: Path) -> None:
+    """Time to grow and to give back: the median round, and up to the slowest."""
+    with _axes(path) as axes:
+        for place, way in enumerate(("grow", "shrink")):
+            median, slowest = result[f"{way}_ms"], result[f"{way}_slowest_ms"]
+            axes.bar(
+                place,
+                median,
+                yerr=[[0.0], [slowest - median]],
+                capsize=6,
+                color=KINDS[place],
+            )
+        axes.set_xticks([0, 1], ["grow", "give back"])
+        size_gib = result["pages"] * result["page_bytes"] / (1 << 30)
+        axes.set_title(f"{size_gib:g} GiB on {result['backend']}, median and slowest")
+        axes.set_ylabel("ms")
+
+
+def scale(result: dict[str, Any], path: Path) -> None:
+    """What operations cost by size; a panel for each thing that grows."""
+    parts = {
+        "blocks": "blocks in a pool",
+        "instances": "instances",
+        "standings": "accounts, policy alone",
+        "pages": "bytes of a page",
+    }
+    with _axes(path, len(parts)) as panels:
+        for axes, (part, words) in zip(panels, parts.items(), strict=True):
+            sizes = list(result[part])
+            for key in result[part][sizes[0]]:
+                axes.plot(
+                    [int(size) for size in sizes],
+                    [result[part][size][key] for size in sizes],
+                    marker="o",
+                    label=key.removesuffix("_us"),
+                )
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlabel(words)
+            axes.set_ylabel("µs")
+            axes.legend(frameon=False)
+
+
+def reclaim(result: dict[str, Any], path: Path) -> None:
+    """From the demand to the lease, with the neighbour at rest and at work; real engines."""
+    with _axes(path) as axes:
+        for place, kind in enumerate(("idle", "busy")):
+            spread = result[kind]["demand_to_lease_ms"]
+            for key, width in (("max", 0.3), ("p99", 0.5), ("p50", 0.7)):
+                label = key if place == 0 else None
+                colour = KINDS[("p50", "p99", "max").index(key)]
+                axes.bar(place, spread[key], width, color=colour, label=label)
+        axes.set_xticks([0, 1], ["neighbour at rest", "at work"])
+        axes.set_ylabel("from the demand to the lease, ms")
+        axes.legend(frameon=False)
+
+
+def overhead(summaries: list[dict[str, Any]], path: Path) -> None:
+    """The speed of each kind of engine over plain vLLM's: every pair, and the median."""
+    bars = [
+        (f"{one['runner']} {kind}\n{name.removesuffix('s')}", row[f"{name}_of_plain"])
+        for one in summaries
+        for kind, row in one.get("kinds", {}).items()
+        for name in ("pairs", "short", "long")
+        if kind != "plain" and f"{name}_of_plain" in row
+    ]
+    with _axes(path) as axes:
+        for place, (_, ratio) in enumerate(bars):
+            low, high = ratio["median"] - ratio["least"], ratio["most"] - ratio["median"]
+            axes.errorbar(
+                place, ratio["median"], yerr=[[low], [high]], marker="o", capsize=6, color=KINDS[0]
+            )
+        axes.axhline(1.0, color="#999", linestyle="--")
+        axes.set_xticks(range(len(bars)), [words for words, _ in bars])
+        axes.set_ylabel("tokens a second, over plain vLLM's")
+
+
+def moved(told: dict[str, Any], path: Path) -> None:
+    """Memory that went from an engine to another on a GPU, by time; A at rest and at work."""
+    with _axes(path, 2) as panels:
+        for axes, wave in zip(panels, ("idle", "busy"), strict=True):
+            curve = told[wave].get("curve", [])
+            for column, label in ((1, "A is charged"), (2, "B is charged"), (3, "B waits for")):
+                axes.plot(
+                    [row[0] for row in curve],
+                    [row[column] for row in curve],
+                    color=KINDS[column - 1],
+                    label=label,
+                )
+            axes.set_title(f"A {'at rest' if wave == 'idle' else 'at work'}")
+            axes.set_xlabel("ms after the demand")
+            axes.set_ylabel("GiB")
+            axes.legend(frameon=False)

@@ -82,6 +82,7 @@ def reclaim(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the engines' logs.")] = Path("build/bench"),
+    plot: Annotated[Path | None, typer.Option(help="A PNG to write; needs matplotlib.")] = None,
     as_json: JsonBesideProgress = False,
 ) -> None:
     """How soon a real engine gets memory that its neighbour only caches: from the demand to the
@@ -93,6 +94,7 @@ def reclaim(
 
       kvcached bench reclaim --instances 4 --json | jq .idle.demand_to_lease_ms
     """
+    from kvcached.bench import pictures
     from kvcached.bench.reclaim import run
 
     console = Console(stderr=as_json)
@@ -105,6 +107,8 @@ def reclaim(
         seed=seed,
         say=lambda text: console.print(text, highlight=False),
     )
+    if plot is not None:
+        pictures.reclaim(result, plot)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from rich.table import Table
 from kvcached.cli.options import JsonBesideProgress
 from kvcached.units import format_size, parse_size
 
+Plot = Annotated[Path | None, typer.Option(help="A PNG to write; needs matplotlib.")]
 BackendName = Annotated[str, typer.Option(help="host, or a GPU: cuda:N.")]
 
 PARTS = {
@@ -32,6 +34,7 @@ def scale(
     backend: BackendName = "host",
     page_size: Annotated[str, typer.Option(help="The smallest page.")] = "64KiB",
     rounds: Annotated[int, typer.Option(min=1, help="Figures are medians.")] = 200,
+    plot: Plot = None,
     as_json: JsonBesideProgress = False,
 ) -> None:
     """What operations cost as blocks, accounts and bytes of a page grow by a thousand.
@@ -42,10 +45,13 @@ def scale(
 
       kvcached bench scale --backend cuda:0 --page-size 2MiB --json | jq .pages
     """
+    from kvcached.bench import pictures
     from kvcached.bench.scale import growth, run
 
     result = run(backend, parse_size(page_size, "--page-size"), rounds)
     result["growth"] = {part: growth(result[part]) for part in PARTS}
+    if plot is not None:
+        pictures.scale(result, plot)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -59,6 +65,7 @@ def elasticity(
     page_size: Annotated[str, typer.Option(help="Size of a page.")] = "2MiB",
     pages: Annotated[int, typer.Option(min=2, help="How far it grows.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Figures are medians.")] = 20,
+    plot: Plot = None,
     as_json: JsonBesideProgress = False,
 ) -> None:
     """How fast a KV cache grows and gives back, and what it keeps at rest: one instance here.
@@ -69,9 +76,12 @@ def elasticity(
 
       kvcached bench elasticity --backend cuda:0 --page-size 32MiB --pages 640
     """
+    from kvcached.bench import pictures
     from kvcached.bench.elasticity import run
 
     result = run(backend, parse_size(page_size, "--page-size"), pages, rounds)
+    if plot is not None:
+        pictures.elasticity(result, plot)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     else:
