@@ -24,12 +24,15 @@ _PREFIX = "ledger-"
 def shared(directory: Path) -> list[str]:
     """The devices that have a ledger in ``directory``, by name, sorted.
 
-    Names that cannot be read back from a file's name are left out: they must be named.
+    Names that cannot be read back from a file's name are left out: they must be named. Raises
+    LedgerError where there is something that cannot be read as a folder.
     """
     try:
         files = [path.name for path in directory.iterdir() if path.name.startswith(_PREFIX)]
-    except OSError:
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise LedgerError(f"{directory}: {error.strerror}") from None
     return sorted(name for name in map(_device_of, files) if name)
 
 
@@ -45,7 +48,7 @@ def find(config: Config, named: str | None = None) -> str:
     engines share, or else the machine's first GPU, or else the host's default.
 
     Raises ConfigError for a name that no device can have, and where several are meant or shared and
-    none is named; UnavailableError where the named GPU is not there.
+    none is named; UnavailableError where the named GPU is not there; LedgerError as ``shared``.
     """
     if named:
         if not is_device(named):

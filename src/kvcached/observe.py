@@ -27,7 +27,7 @@ class Observer(Closing):
         """
         self.directory = directory
         self.problems: dict[str, str] = {}
-        """Devices whose ledger could not be read the last time, and why."""
+        """Devices whose ledger could not be read the last time, or the folder, and why."""
         self._named = tuple(named)
         self._open: dict[str, tuple[tuple[int, int], Ledger]] = {}
 
@@ -35,7 +35,11 @@ class Observer(Closing):
         """Every ledger that can be read now, by device. See ``problems`` for the others."""
         self.problems = {}
         found = []
-        names = self._named or devices.shared(self.directory)
+        names: Sequence[str] = self._named
+        try:
+            names = names or devices.shared(self.directory)
+        except LedgerError as error:
+            self.problems[str(self.directory)] = str(error)
         for gone in self._open.keys() - set(names):
             self._forget(gone)
         for name in names:

@@ -6,8 +6,9 @@ The kernel tells which file a process maps, and the driver which processes use a
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,10 +73,23 @@ def _ledgers_in(maps: Path) -> Iterator[tuple[tuple[str, str], str]]:
         yield (device, inode), path
 
 
-def strangers(processes: Mapping[int, int], ledger: LedgerSnapshot | None) -> dict[int, int]:
+def strangers(
+    processes: Mapping[int, int], ledger: LedgerSnapshot | None, mapped: Iterable[MappedLedger] = ()
+) -> dict[int, int]:
     """Of the processes that the driver sees on a GPU, those that the ledger does not know, and how
     many bytes each of them holds.
+
+    A ledger holds process ids as its engines see them, which are others in a container. So who maps
+    the very file that this process has open is no stranger either (``mapped``: ledgers of the GPU).
     """
     accounts = () if ledger is None else ledger.accounts
     known = {pid for account in accounts for pid in account.pids}
+    known |= {pid for each in mapped if os.getpid() in each.pids for pid in each.pids}
     return {pid: used for pid, used in processes.items() if pid not in known}
+
+
+def is_here(pid: int) -> bool:
+    """Whether there is such a process in this PID namespace. The driver gives the host's ids: of
+    those that it names, a container often has none.
+    """
+    return Path(f"/proc/{pid}").exists()

@@ -23,9 +23,10 @@ class Remote:
     The last line's value comes back if it is an expression, a raised exception as RuntimeError.
     """
 
-    def __init__(self, directory: Path, device: str = "host:test") -> None:
+    def __init__(self, directory: Path, device: str = "host:test", *inside: str) -> None:
+        """``inside``: a command that runs it, such as one that makes a namespace."""
         self.process = subprocess.Popen(
-            [sys.executable, __file__, str(directory), device],
+            [*inside, sys.executable, __file__, str(directory), device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -7,12 +7,13 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from kvctl_runs import validator
@@ -220,6 +221,27 @@ def test_the_folder(doctor: Doctor, folder: Path, monkeypatch: pytest.MonkeyPatc
     assert doctor()[0] == 1
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can run a command as somebody else")
+def test_a_folder_that_may_not_be_read(folder: Path, ledger: Ledger) -> None:
+    for path in folder.parents[:3]:
+        path.chmod(0o755)
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable]
+    if subprocess.run([*command, "-c", "import kvcached"]).returncode != 0:
+        pytest.skip("this checkout cannot be read by another user")
+    done = subprocess.run(
+        [*command, "-m", "kvcached.cli.main", "doctor", "--json"], capture_output=True, text=True
+    )
+    text = named(json.loads(done.stdout)["findings"], "folder", "error")
+    assert done.returncode == 1 and "user 65534 may not look into it" in text
+    for tool in (["kvctl", "list"], ["main", "list"], ["top.command", "--once"]):
+        module, *words = tool
+        said = subprocess.run(
+            [*command, "-m", f"kvcached.cli.{module}", *words], capture_output=True, text=True
+        )
+        assert said.returncode == 1 and said.stderr.count("\n") == 1
+        assert said.stderr.endswith(f"{folder}: Permission denied\n")
+
+
 def test_leftovers_of_the_dead(doctor: Doctor, ledger: Ledger, folder: Path) -> None:
     remote = Remote(folder, DEVICE)
     remote.run("account = ledger.join('id', 'chat')")
@@ -275,3 +297,51 @@ def test_strangers_are_those_that_the_ledger_does_not_know(ledger: Ledger) -> No
     assert strangers.strangers(processes, ledger.snapshot()) == {4194304: 7}
     assert strangers.strangers(processes, None) == processes
     account.close()
+
+
+class DriversView:
+    """What the driver's library would say of a GPU."""
+
+    processes_: ClassVar[dict[int, int]] = {}
+
+    def __init__(self, uuid: str) -> None:
+        self.uuid = uuid
+
+    def processes(self) -> dict[int, int]:
+        return self.processes_
+
+
+@pytest.fixture
+def in_a_container(folder: Path) -> Iterator[tuple[Remote, int]]:
+    """An engine's process in a PID namespace of its own, and its id out here."""
+    if os.getuid() != 0:
+        pytest.skip("only root can make a PID namespace")
+    remote = Remote(folder, GPU, "unshare", "--pid", "--fork", "--mount-proc")
+    try:
+        assert remote.run("import os", "os.getpid()") == 1
+        children = Path(f"/proc/{remote.pid}/task/{remote.pid}/children").read_text()
+        yield remote, int(children)
+        os.kill(int(children), signal.SIGKILL)
+    finally:
+        remote.kill()
+
+
+def test_an_engine_in_a_container_is_no_stranger_to_the_host(
+    in_a_container: tuple[Remote, int], doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process id in the ledger is the container's, and the driver says the host's."""
+    remote, outside = in_a_container
+    remote.run("account = ledger.join('id', 'chat')")
+    monkeypatch.setattr("kvcached.nvml.uuids", lambda: [GPU])
+    monkeypatch.setattr("kvcached.nvml.Gpu", DriversView)
+    monkeypatch.setattr(DriversView, "processes_", {outside: 5 << 30})
+    assert "all 1 processes on it are in its ledger" in named(doctor()[1], "strangers", "ok")
+
+    monkeypatch.setattr(DriversView, "processes_", {outside: 5 << 30, remote.pid: 2 << 30})
+    text = named(doctor()[1], "strangers", "note")
+    assert f": {remote.pid} (unshare) 2 GiB" in text and str(outside) not in text
+
+    # As the doctor in a container would see it: no such process.
+    monkeypatch.setattr(DriversView, "processes_", {4194304: 5 << 30})
+    text = named(doctor()[1], "strangers", "note")
+    assert "1 processes with 5 GiB are not of this PID namespace" in text and "on the host" in text

@@ -21,7 +21,12 @@ def give_back(directory: Path, session: int, name: str) -> int:
     """
     pids = set(session_processes(session))
     given = 0
-    for device in devices.shared(directory):
+    try:
+        names = devices.shared(directory)
+    except LedgerError as error:
+        logger.info("%s: nothing comes back: %s", name, error)
+        return 0
+    for device in names:
         try:
             with Pool(Ledger.open(directory, device, create=False)) as pool:
                 for account in pool.snapshot().accounts:

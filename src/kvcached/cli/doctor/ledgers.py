@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvcached import devices, nvml, strangers
@@ -14,6 +14,7 @@ from kvcached.config import Config
 from kvcached.errors import KvcachedError, LedgerError, UnavailableError
 from kvcached.ledger import Ledger
 from kvcached.snapshot import LedgerSnapshot
+from kvcached.strangers import MappedLedger
 from kvcached.units import format_size
 from kvcached.vmm_ops import ledger_file_name
 
@@ -38,6 +39,11 @@ def folder(config: Config) -> Iterator[Finding]:
         return
     if not path.is_dir() or path.is_symlink():
         yield error("folder", f"{path} is not a folder", "remove it, or set KVCACHED_DIR")
+    elif not os.access(path, os.R_OK | os.X_OK):
+        text = (
+            f"{path} belongs to user {found.st_uid}, and user {os.geteuid()} may not look into it"
+        )
+        yield error("folder", text, f"chmod g+rx {path}, for tools of its group that only read")
     elif found.st_uid != os.geteuid():
         text = f"{path} belongs to user {found.st_uid}, this is user {os.geteuid()}: reading only"
         yield warning("folder", text, "run tools that change something as the engines' user")
@@ -51,7 +57,10 @@ def folder(config: Config) -> Iterator[Finding]:
 def ledgers(config: Config) -> Iterator[Finding]:
     """Every ledger of the folder, and whether other ledgers govern the same devices."""
     gpus = _gpus()
-    names = devices.shared(config.directory)
+    try:
+        names = devices.shared(config.directory)
+    except LedgerError:  # ``folder`` says so
+        names = []
     opened: dict[str, Ledger] = {}
     try:
         for device in names:
@@ -62,10 +71,13 @@ def ledgers(config: Config) -> Iterator[Finding]:
                 do = f"stop its engines, then: kvctl delete --ledger --device {device}"
                 yield error("ledger", str(failed), do)
         # The ledgers that are open here are in this process's own list of mappings too.
-        yield from _others({ledger_file_name(name) for name in (*names, *gpus)}, config.directory)
+        mapped, refused = strangers.mapped_ledgers()
+        governed = {ledger_file_name(name) for name in (*names, *gpus)}
+        yield from _others(mapped, refused, governed, config.directory)
         for uuid in gpus:
             ledger = opened.get(uuid)
-            yield from _strangers(uuid, None if ledger is None else ledger.snapshot())
+            of_this = [each for each in mapped if each.file_name == ledger_file_name(uuid)]
+            yield from _strangers(uuid, None if ledger is None else ledger.snapshot(), of_this)
     finally:
         for ledger in opened.values():
             ledger.close()
@@ -103,9 +115,10 @@ def _ledger(config: Config, now: LedgerSnapshot, gpus: list[str]) -> Iterator[Fi
             yield note("lock", f"{text}, {times}", "look for stopped processes (state T in ps)")
 
 
-def _others(file_names: set[str], own: Path) -> Iterator[Finding]:
+def _others(
+    found: Sequence[MappedLedger], refused: int, file_names: set[str], own: Path
+) -> Iterator[Finding]:
     """Of the devices that have these ledgers; what programs do in other folders is their affair."""
-    found, refused = strangers.mapped_ledgers()
     by_name = defaultdict(list)
     for each in found:
         if each.file_name in file_names:
@@ -129,22 +142,31 @@ def _others(file_names: set[str], own: Path) -> Iterator[Finding]:
         yield note("two ledgers", text, "run the doctor as root to look at all of them")
 
 
-def _strangers(uuid: str, ledger: LedgerSnapshot | None) -> Iterator[Finding]:
+def _strangers(
+    uuid: str, ledger: LedgerSnapshot | None, mapped: Sequence[MappedLedger]
+) -> Iterator[Finding]:
     try:
         processes = nvml.Gpu(uuid).processes()
     except KvcachedError as failed:
         yield note("strangers", f"{uuid}: its processes cannot be listed: {failed}")
         return
-    unknown = strangers.strangers(processes, ledger)
+    unknown = strangers.strangers(processes, ledger, mapped)
+    here = {pid: used for pid, used in unknown.items() if strangers.is_here(pid)}
+    elsewhere = [used for pid, used in unknown.items() if pid not in here]
     if not unknown:
         yield ok("strangers", f"{uuid}: all {len(processes)} processes on it are in its ledger")
-        return
-    parts = [f"{pid}{_command(pid)} {format_size(used)}" for pid, used in unknown.items()]
-    text = f"{uuid}: processes that use it and are in no ledger here: {', '.join(parts)}"
-    do = f"programs that are no engines of kvcached may do so; if one is: {MOUNT}"
-    if ledger is not None and ledger.accounts and len(unknown) == len(processes):
-        do += "; where the ledger's engines run in containers, process ids do not compare"
-    yield note("strangers", text, do)
+    if here:
+        parts = [f"{pid}{_command(pid)} {format_size(used)}" for pid, used in here.items()]
+        text = f"{uuid}: processes that use it and are in no ledger here: {', '.join(parts)}"
+        do = f"programs that are no engines of kvcached may do so; if one is: {MOUNT}"
+        yield note("strangers", text, do)
+    if elsewhere:
+        held = format_size(sum(elsewhere))
+        text = (
+            f"{uuid}: {len(elsewhere)} processes with {held} are not of this PID namespace: "
+            "whether they are in the ledger cannot be told from here"
+        )
+        yield note("strangers", text, "run the doctor on the host, as root or as the engines' user")
 
 
 def _command(pid: int) -> str:
