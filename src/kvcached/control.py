@@ -23,7 +23,7 @@ from kvcached.config import Config
 from kvcached.errors import ConfigError, InvalidArgumentError
 from kvcached.ledger import Ledger
 from kvcached.snapshot import AccountSnapshot, LedgerSnapshot
-from kvcached.units import MAX_SIZE, parse_share
+from kvcached.units import MAX_SIZE, format_size, parse_share
 
 EFFECT_S = 1.0
 """How long a setting's effect is looked at, unless another time is named."""
@@ -101,8 +101,14 @@ class Pool(Closing):
         is done, or after ``wait_s`` seconds; ``Effect.above`` says what is left.
         Raises InvalidArgumentError where the limit is below the guarantee or makes no sense.
         """
-        instance = self.instance(name).instance
-        self.ledger.set_limit(instance, None if limit is None else self._bytes(limit, "limit"))
+        before, size = self.instance(name), None if limit is None else self._bytes(limit, "limit")
+        instance = before.instance
+        if size is not None and size < before.guarantee:
+            raise InvalidArgumentError(
+                f"{before.name}: a limit of {format_size(size)} is below its guarantee of "
+                f"{format_size(before.guarantee)}: lower that first"
+            )
+        self.ledger.set_limit(instance, size)
         _wait(lambda: self.instance(instance).above == 0, wait_s)
         return self._effect(instance)
 
@@ -113,8 +119,14 @@ class Pool(Closing):
         Raises InvalidArgumentError where all guarantees together are more than can be lent, or this
         one more than the limit.
         """
-        instance = self.instance(name).instance
-        self.ledger.set_guarantee(instance, self._bytes(guarantee, "guarantee"))
+        before, size = self.instance(name), self._bytes(guarantee, "guarantee")
+        instance = before.instance
+        if before.limit is not None and size > before.limit:
+            raise InvalidArgumentError(
+                f"{before.name}: a guarantee of {format_size(size)} is above its limit of "
+                f"{format_size(before.limit)}: raise that first"
+            )
+        self.ledger.set_guarantee(instance, size)
         _wait(lambda: self.snapshot().missing == 0, wait_s)
         return self._effect(instance)
 

@@ -24,7 +24,8 @@ def parse_size(text: str, name: str = "size") -> int:
     Raises ConfigError naming ``name``, the text and what is allowed.
     """
     match = _SIZE.fullmatch(text)
-    if match is None:
+    # Parts of a byte: the unit was forgotten. Half of something must not become 0, a real limit.
+    if match is None or ("." in match.group(1) and not match.group(2)):
         raise ConfigError(f"{name}={text!r}: expected a size such as 512MiB, 2GiB or 4096")
     size = float(match.group(1)) * _FACTORS[match.group(2).upper()]
     if size > MAX_SIZE:

@@ -46,6 +46,33 @@ def test_list_shows_every_device_that_is_named(tmp_path: Path) -> None:
         each.close()
 
 
+def test_errors_are_said_by_the_program_that_was_called(tmp_path: Path) -> None:
+    from kvcached.ledger import Ledger
+
+    folder = tmp_path / "ledger"
+    with Ledger.open(folder, "host:cli", 1 << 20):
+        (folder / "ledger-host-old").write_bytes(b"KVCLEDGR" + b"\x01" + bytes(200))
+        done = _run("list", **{**child_environment({}), "KVCACHED_DIR": str(folder)})
+    assert done.returncode == 1 and "host:cli" in done.stdout
+    assert done.stderr.startswith("kvcached: ") and done.stderr.count("\n") == 1
+
+
+def test_a_shell_completes_commands_and_devices(tmp_path: Path) -> None:
+    from kvcached.ledger import Ledger
+
+    def complete(words: str) -> str:
+        asked = {
+            "_KVCACHED_COMPLETE": "complete_zsh",
+            "_TYPER_COMPLETE_ARGS": words,
+            "KVCACHED_DIR": str(tmp_path / "ledger"),
+        }
+        return _run(**{**child_environment({}), **asked}).stdout
+
+    with Ledger.open(tmp_path / "ledger", "host:cli", 1 << 20):
+        assert "host" in complete("kvcached list --device ho")
+        assert "exporter" in complete("kvcached exp")
+
+
 def test_bench_help_has_examples() -> None:
     for command in ("alloc", "engine"):
         done = _run("bench", command, "--help")

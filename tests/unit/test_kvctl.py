@@ -88,6 +88,12 @@ def test_guarantee_and_weight_are_set_or_refused(ledger: Ledger, engine: Engine,
     refused = run("guarantee", "chat", f"{3 * PAGE}")
     assert refused.code == 2 and refused.err.count("\n") == 1 and "can be lent" in refused.err
     assert run("weight", "chat", "0").code == 2
+    assert run("guarantee", "other", "512KiB").code == 0
+    below = run("limit", "other", "0.25M")
+    assert below.code == 2 and "a limit of 256 KiB is below its guarantee of 512 KiB" in below.err
+    assert run("limit", "chat", "256KiB").code == 0
+    above = run("guarantee", "chat", "320KiB")
+    assert above.code == 2 and "a guarantee of 320 KiB is above its limit of 256 KiB" in above.err
 
 
 def test_reclaim_takes_what_is_asked_for_or_all(engine: Engine, run: Run) -> None:
@@ -112,6 +118,7 @@ def test_wrong_names_and_sizes_are_one_line(ledger: Ledger, engine: Engine, run:
     for arguments, words in (
         (("limit", "chart", "1MiB"), "no instance chart; there are: chat"),
         (("limit", "chat", "much"), "'much'"),
+        (("limit", "chat", "0.5"), "expected a size such as"),
         (("reserve", "1TiB"), "at most 960 KiB"),
         (("reserve", "1KiB", "--for", "4194304"), "No such process"),
         (("reserve", "1KiB", "--detach"), "--for PID"),

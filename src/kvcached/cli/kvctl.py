@@ -19,7 +19,7 @@ def main() -> None:
 def _main() -> int:
     asked = listing.parse(sys.argv[1:])
     if asked is not None:
-        return listing.show(*asked)
+        return listing.show(*asked, "kvctl")
     from kvcached.cli.kvctl_app import app  # importing typer takes longer than a list
 
     return edge.call(app, "kvctl")

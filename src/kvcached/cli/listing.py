@@ -43,11 +43,11 @@ def parse(words: Sequence[str]) -> tuple[str, bool] | None:
     return device, as_json
 
 
-def show(device: str, as_json: bool) -> int:
+def show(device: str, as_json: bool, program: str) -> int:
     """Prints one device, or all that are shared; returns the exit code.
 
-    A ledger that cannot be read is named on stderr, beside those that can. Raises LedgerError
-    where there is none to show.
+    A ledger that cannot be read is named on stderr, as the ``program`` says it, beside those that
+    can. Raises LedgerError where there is none to show.
     """
     with observer(device) as looks:
         found = looks.read()
@@ -55,7 +55,7 @@ def show(device: str, as_json: bool) -> int:
     if not found:
         raise LedgerError("; ".join(problems.values()) or f"{looks.directory}: {NOTHING}")
     for problem in problems.values():
-        complain("kvctl", problem)
+        complain(program, problem)
     if as_json:
         print(document("list", {"devices": [ledger_fields(each) for each in found]}, indent=2))
     else:

@@ -19,7 +19,6 @@ from kvcached.units import parse_size
 app = typer.Typer(
     help="kvcached: several LLM engines share one device's KV-cache memory.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,  # our errors are one line; others keep Python's own form
     rich_markup_mode="rich",
 )

@@ -6,10 +6,14 @@ from typing import Annotated
 
 import typer
 
-from kvcached.cli.options import AsJson
+from kvcached.cli.options import AsJson, complete_device
 
 Device = Annotated[
-    str, typer.Option(help="One device, such as host:default; all shared ones if not given.")
+    str,
+    typer.Option(
+        help="One device, such as host:default; all shared ones if not given.",
+        autocompletion=complete_device,
+    ),
 ]
 
 
@@ -23,7 +27,7 @@ def register_watch(app: typer.Typer) -> None:
     app.command()(watch)
 
 
-def list_accounts(device: Device = "", as_json: AsJson = False) -> int:
+def list_accounts(context: typer.Context, device: Device = "", as_json: AsJson = False) -> int:
     """The engines that share a device, and what each of them holds. Needs no permission to write.
 
     Examples:
@@ -36,7 +40,7 @@ def list_accounts(device: Device = "", as_json: AsJson = False) -> int:
     """
     from kvcached.cli import listing  # the core is loaded where it is needed: see the doctor
 
-    return listing.show(device, as_json)
+    return listing.show(device, as_json, str(context.find_root().info_name))
 
 
 def watch(

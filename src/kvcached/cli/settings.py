@@ -34,7 +34,8 @@ def limit(
 ) -> None:
     """The most that an instance may hold; 0 drains it down to the page that it cannot do without.
 
-    What it holds above that goes back: cached memory at once, memory in use as requests end.
+    What it holds above that goes back: cached memory at once, memory in use as requests end. A
+    request that alone needs more than that fails, and its client is told both numbers.
 
     Examples:
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from kvcached.cli.edge import FAILED, complain
+from kvcached.cli.options import complete_device
 from kvcached.errors import ConfigError
 
 DEFAULT_PORT = 9877
@@ -32,7 +33,12 @@ def exporter(
     interval: Annotated[
         float, typer.Option(min=0.05, max=3600, help="Seconds between the page's samples.")
     ] = 1.0,
-    device: Annotated[str, typer.Option(help="One device; all shared ones if not given.")] = "",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="One device; all shared ones if not given.", autocompletion=complete_device
+        ),
+    ] = "",
     serve: Annotated[
         str, typer.Option(help="The address of a `kvcached serve`: the page shows its models.")
     ] = "",
