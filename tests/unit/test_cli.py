@@ -7,8 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 import kvcached
+from kvcached.cli import main
+from kvcached.cli.top import command as kvtop
 from kvcached.config import child_environment
+from kvcached.ledger import Ledger
+
+WORDS = st.sampled_from(
+    [
+        *("list", "doctor", "--json", "--device", "host:cli", "host:none", "cuda:0", "GPU-0", ""),
+        *("-n", "0.05", "0", "nan", "-1", "1e999", "--strict", "--engine", "vllm", "--", "--help"),
+        *("--device=", "--version", "\udcff", "9" * 40),
+    ]
+) | st.text(st.characters(exclude_characters="\0"), max_size=12)
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -29,8 +44,6 @@ def test_help_has_examples() -> None:
 
 
 def test_list_shows_every_device_that_is_named(tmp_path: Path) -> None:
-    from kvcached.ledger import Ledger
-
     names = [f"host:cli-{number}" for number in range(2)]
     ledgers = [Ledger.open(tmp_path / "ledger", name, 1 << 20) for name in names]
     accounts = [ledger.join("i", "both") for ledger in ledgers]
@@ -47,8 +60,6 @@ def test_list_shows_every_device_that_is_named(tmp_path: Path) -> None:
 
 
 def test_errors_are_said_by_the_program_that_was_called(tmp_path: Path) -> None:
-    from kvcached.ledger import Ledger
-
     folder = tmp_path / "ledger"
     with Ledger.open(folder, "host:cli", 1 << 20):
         (folder / "ledger-host-old").write_bytes(b"KVCLEDGR" + b"\x01" + bytes(200))
@@ -58,8 +69,6 @@ def test_errors_are_said_by_the_program_that_was_called(tmp_path: Path) -> None:
 
 
 def test_a_shell_completes_commands_and_devices(tmp_path: Path) -> None:
-    from kvcached.ledger import Ledger
-
     def complete(words: str) -> str:
         asked = {
             "_KVCACHED_COMPLETE": "complete_zsh",
@@ -90,3 +99,26 @@ def test_a_wrong_variable_is_one_line(tmp_path: Path) -> None:
     done = _run("list", KVCACHED_DEVICE="host:", PATH="/usr/bin")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "KVCACHED_DEVICE" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "first"), [("kvtop", "--once"), ("kvcached", "list"), ("kvcached", "doctor")]
+)
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(words=st.lists(WORDS, max_size=4))
+def test_no_words_end_in_a_traceback(
+    program: str, first: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {"kvtop": kvtop.main, "kvcached": main.main}[program]
+    with Ledger.open(tmp_path / "ledger", "host:cli", 1 << 20), pytest.MonkeyPatch.context() as on:
+        on.setenv("KVCACHED_DIR", str(tmp_path / "ledger"))
+        on.setattr("kvcached.cli.top.command._ONCE_S", 0.01)
+        on.setattr(sys, "argv", [program, first, *words])
+        with pytest.raises(SystemExit) as ended:
+            entry()
+    out, err = capsys.readouterr()
+    assert ended.value.code in (0, 1, 2) and "Traceback" not in out + err
+    # The doctor says what is wrong on stdout.
+    assert err.count("\n") == (ended.value.code != 0 and not (first == "doctor" and out != ""))
