@@ -250,7 +250,7 @@ def kills(engines: Fleet, options: argparse.Namespace) -> dict[str, Any]:
 
 PARTS: dict[str, tuple[Part, float]] = {
     "equal": (equal, 100.0),
-    "short": (short, 120.0),
+    "short": (short, 150.0),
     "costs": (costs, 30.0),
     "kills": (kills, 90.0),
     "speed": (speed, 110.0),
