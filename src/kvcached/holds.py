@@ -105,15 +105,7 @@ class Hold(Closing):
 
     def holders(self) -> str:
         """Who has the memory now, in words."""
-        now = self._ledger.snapshot()
-        parts = [
-            f"{account.name} {format_size(account.charge)} ({format_size(account.in_use)} in use)"
-            for account in now.accounts
-            if account.charge
-        ]
-        if now.foreign:
-            parts.append(f"others {format_size(now.foreign)}")
-        return ", ".join(parts) or "nobody"
+        return self._ledger.snapshot().holders()
 
     def close(self) -> None:
         """Ends the hold: engines may have the memory again."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvcached.units import format_size
+
 WAIT_BOUNDS_US = tuple(1 << (bucket + 8) for bucket in range(12))
 """The upper bounds of ``AccountSnapshot.wait_buckets``, from 256 us to half a second."""
 
@@ -169,6 +171,17 @@ class LedgerSnapshot:
         """Bytes that would have to come back for every account to have what it is sure of."""
         sure = sum(max(each.charge, each.guarantee, each.pinned) for each in self.accounts)
         return max(0, sure - self.charge - self.free)
+
+    def holders(self) -> str:
+        """Who has the memory, in words."""
+        parts = [
+            f"{account.name} {format_size(account.charge)} ({format_size(account.in_use)} in use)"
+            for account in self.accounts
+            if account.charge
+        ]
+        if self.foreign:
+            parts.append(f"others {format_size(self.foreign)}")
+        return ", ".join(parts) or "nobody"
 
     def account(self, key: str) -> AccountSnapshot | None:
         """The account with this instance or, failing that, this name; None if there is none."""

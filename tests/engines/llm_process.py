@@ -6,11 +6,13 @@ ENABLE_KVCACHED this is plain vLLM, which is what the outputs are compared with.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,13 +198,114 @@ def fork(job: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+class PlayedWeights:
+    """What a CPU lacks of sleep mode: weights that leave and come back."""
+
+    asleep = False
+    refusal = ""
+    log: list[str]
+
+    def __init__(self) -> None:
+        self.log = []
+
+    @contextlib.contextmanager
+    def leaving(self, level: int) -> Iterator[None]:
+        self.log.append(f"leave {level}")
+        yield
+        self.asleep = True
+
+    def make_room(self, tags: list[str] | None) -> None:
+        from kvcached.errors import OutOfMemoryError
+
+        self.log.append(f"room {tags}")
+        if self.refusal:
+            raise OutOfMemoryError(self.refusal)
+
+    def leave_room(self) -> None:
+        self.log.append("leave room")
+
+    @contextlib.contextmanager
+    def coming(self, tags: list[str] | None, runner: Any) -> Iterator[None]:
+        self.log.append(f"come {tags}")
+        yield
+        self.asleep = tags == ["weights"]
+
+
+def asleep(job: dict[str, Any]) -> dict[str, Any]:
+    """Sleeps and wakes; where a step came while it sleeps, the worker would raise."""
+    from kvcached.engines.vllm.worker import ElasticWorker
+
+    llm = build(job)
+    result: dict[str, Any] = {"before": generate(llm, job), "loaded": ledger_facts()}
+    try:
+        llm.sleep(1)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+        result["without sleep mode"] = [type(error).__name__, str(error), is_asleep(llm)]
+    played = PlayedWeights()
+    ElasticWorker._weights = played  # type: ignore[assignment]
+    engine = llm.llm_engine.engine_core.engine_core
+    engine.model_executor.model_config.enable_sleep_mode = True
+    for level, tags in ((1, [None]), (2, [["weights"], ["kv_cache"]])):
+        result[f"again {level}"] = generate(llm, job)
+        llm.sleep(level)
+        result[f"asleep {level}"] = [is_asleep(llm), ledger_facts()]
+        result[f"waited {level}"] = ask_while_asleep(llm, job)
+        played.refusal = "there is no room"
+        try:
+            llm.wake_up()
+        except Exception as error:  # noqa: BLE001
+            result[f"refused {level}"] = [type(error).__name__, str(error), is_asleep(llm)]
+        played.refusal = ""
+        states = []
+        for each in tags:
+            llm.wake_up(each)
+            states.append(is_asleep(llm))
+        result[f"states {level}"] = states
+        result[f"answer {level}"] = finish(llm)
+    result["after"] = generate(llm, job)
+    result["log"] = played.log
+    return result
+
+
+def is_asleep(llm: Any) -> bool:
+    return bool(llm.llm_engine.engine_core.engine_core.is_sleeping())
+
+
+def ask_while_asleep(llm: Any, job: dict[str, Any]) -> bool:
+    """A request, pressure from an operator, and time: whether the request waited."""
+    from vllm import SamplingParams
+
+    from kvcached.config import Config
+    from kvcached.ledger import Ledger
+
+    engine, config = llm.llm_engine, Config.from_env()
+    params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
+    params.detokenize = False
+    engine.add_request("waits", {"prompt_token_ids": job["prompts"][0]}, params)
+    with Ledger.open(config.directory, config.devices[0], create=False) as ledger:
+        (account,) = ledger.snapshot().accounts
+        ledger.ask_back(account.instance, account.charge)
+    outputs = []
+    for _ in range(50):
+        outputs += engine.step()
+        time.sleep(0.01)
+    return outputs == [] and bool(engine.has_unfinished_requests())
+
+
+def finish(llm: Any) -> list[int]:
+    outputs: list[Any] = []
+    while llm.llm_engine.has_unfinished_requests():
+        outputs += llm.llm_engine.step()
+    return list(outputs[-1].outputs[0].token_ids)
+
+
 def answer(job: dict[str, Any], result: dict[str, Any]) -> None:
     target = Path(job["answer"])
     target.with_suffix(".part").write_text(json.dumps(result))
     target.with_suffix(".part").rename(target)
 
 
-TASKS = {task.__name__: task for task in (equality, several, no_maps, fork, until_it_dies)}
+TASKS = {task.__name__: task for task in (equality, several, no_maps, fork, until_it_dies, asleep)}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kvcached.engines.vllm import start  # noqa: E402
+from kvcached.engines.vllm import room  # noqa: E402
 from kvcached.engines.vllm.identity import Identity  # noqa: E402
 from kvcached.engines.vllm.start import GpuStart, weight_bytes  # noqa: E402
 from kvcached.ledger import Account, Ledger, Member  # noqa: E402
@@ -62,7 +62,7 @@ def test_with_room_it_goes_on_at_once_and_keeps_the_room(
 def test_it_waits_for_a_neighbour_to_give_back(
     ledger: Ledger, busy: tuple[Account, Member], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "_ASK_AGAIN_S", 0.002)
+    monkeypatch.setattr(room, "_ASK_AGAIN_S", 0.002)
     account, member = busy
     starting = GpuStart(ledger, Gpu(ledger).memory, WHO)
     thread = threading.Thread(target=starting.wait_for_room, args=(70,))
@@ -148,7 +148,7 @@ def test_two_engines_that_start_on_the_same_devices_do_not_get_one_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each device has room for one of them; the ranks come in the worst order."""
-    monkeypatch.setattr(start, "_ASK_AGAIN_S", 0.002)
+    monkeypatch.setattr(room, "_ASK_AGAIN_S", 0.002)
     names = ("host:a", "host:b")
     ledgers = {name: Ledger.open(tmp_path / "ledger", name, 110) for name in names}
     one = [Rank(ledgers, "b", name, 70) for name in names]
@@ -168,7 +168,7 @@ def test_two_engines_that_start_on_the_same_devices_do_not_get_one_each(
 def test_no_rank_starts_before_all_have_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "_ASK_AGAIN_S", 0.002)
+    monkeypatch.setattr(room, "_ASK_AGAIN_S", 0.002)
     names = ("host:a", "host:b")
     ledgers = {name: Ledger.open(tmp_path / "ledger", name, 110) for name in names}
     holder = ledgers["host:b"].join("h", "holder")

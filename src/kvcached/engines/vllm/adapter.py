@@ -13,6 +13,7 @@ An adapter is a module, named in the registry, that holds what differs between v
 - ``used_backends(worker)``: the attention backend of each layer of a loaded model.
 - ``new_blocks(scheduler_output)``: the blocks that a step brings in.
 - ``PLATFORMS``: those of vLLM's platforms on which it was seen to work.
+- ``SLEEPS``: whether its sleep mode does, on a GPU.
 """
 
 from __future__ import annotations

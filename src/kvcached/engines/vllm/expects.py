@@ -22,6 +22,10 @@ FRONT = {
     "vllm.v1.engine.core:EngineCore.reset_prefix_cache": (
         "self, reset_running_requests=, reset_connector="
     ),
+    "vllm.v1.engine.core:EngineCore.sleep": "self, level=, mode=",
+    "vllm.v1.engine.core:EngineCore.wake_up": "self, tags=",
+    "vllm.v1.executor.abstract:Executor.sleep": "self, level=",
+    "vllm.v1.executor.abstract:Executor.wake_up": "self, tags=",
     "vllm.v1.engine.core:EngineCoreProc.run_busy_loop": "self",
     "vllm.v1.engine.core_client:MPClient.shutdown": "self, timeout=",
 }
@@ -73,6 +77,7 @@ WORKER = {
     "compile_or_warm_up_model": "self",
     "execute_model": "self, scheduler_output",
     "sleep": "self, level=",
+    "wake_up": "self, tags=",
 }
 
 ATTRIBUTES = {

@@ -13,6 +13,7 @@ FRONT = {
     "vllm.v1.engine.core:EngineCore.__init__": (
         "self, vllm_config, executor_class, log_stats, executor_fail_callback="
     ),
+    "vllm.v1.engine.core:EngineCore.sleep": "self, level=",
     "vllm.v1.engine.core_client:MPClient.shutdown": "self",
 }
 SCHEDULER = {

@@ -16,6 +16,10 @@ FRONT = {
     "vllm.v1.engine.core:EngineCore.abort_requests": "self, request_ids",
     "vllm.v1.engine.core:EngineCore.reset_prefix_cache": "self",
     "vllm.v1.engine.core:EngineCore.shutdown": "self",
+    "vllm.v1.engine.core:EngineCore.sleep": "self, level=",
+    "vllm.v1.engine.core:EngineCore.wake_up": "self, tags=",
+    "vllm.executor.executor_base:ExecutorBase.sleep": "self, level=",
+    "vllm.executor.executor_base:ExecutorBase.wake_up": "self, tags=",
     "vllm.v1.engine.core:EngineCoreProc.run_busy_loop": "self",
 }
 

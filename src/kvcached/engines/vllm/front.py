@@ -73,7 +73,8 @@ def _refuse_unsupported(vllm_config: Any) -> None:
         and parallel.tensor_parallel_size > 1,
         "speculative decoding with other drafters than ngram": speculative is not None
         and speculative.method not in DRAFTERS,
-        "sleep mode": vllm_config.model_config.enable_sleep_mode,
+        "sleep mode with this version of vLLM": vllm_config.model_config.enable_sleep_mode
+        and not adapter.current().SLEEPS,
         "vLLM's V0 engine, which this version chose for these arguments": not getattr(
             envs, "VLLM_USE_V1", True
         ),

@@ -6,6 +6,7 @@ already understands.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -16,6 +17,7 @@ from vllm.v1.request import RequestStatus
 
 from kvcached import watch
 from kvcached.engines import surroundings
+from kvcached.engines.vllm import sleeping
 from kvcached.engines.vllm.device import Device
 from kvcached.engines.vllm.scheduler import ElasticScheduler
 from kvcached.errors import EngineError
@@ -39,6 +41,7 @@ def attach(engine: Any) -> None:
     if scheduler.followed:
         return
     scheduler.followed = True
+    sleeping.attach(engine, scheduler)
     if hasattr(engine, "input_queue"):
         watch.end_with_parent(*_worker_pids(scheduler))
         wake = _wake_by_message(engine)
@@ -104,10 +107,15 @@ def _share_step(engine: Any, scheduler: ElasticScheduler) -> Any:
     step = getattr(engine, step_name)  # as it is: flushing runs it under the lock already
 
     def flush() -> None:
-        while scheduler.pages.has_commands() and scheduler.get_num_unfinished_requests() == 0:  # type: ignore[attr-defined]
+        while (
+            scheduler.pages.has_commands()
+            and not scheduler.asleep
+            and scheduler.get_num_unfinished_requests() == 0  # type: ignore[attr-defined]
+        ):
             step()
 
     def locked(call: Any) -> Any:
+        @functools.wraps(call)
         def with_lock(*args: Any, **kwargs: Any) -> Any:
             with lock:
                 result = call(*args, **kwargs)
@@ -116,7 +124,10 @@ def _share_step(engine: Any, scheduler: ElasticScheduler) -> Any:
 
         return with_lock
 
-    for name in (step_name, "add_request", "abort_requests", "reset_prefix_cache"):
+    for name in (
+        *(step_name, "add_request", "abort_requests", "reset_prefix_cache"),
+        *("sleep", "wake_up"),
+    ):
         setattr(engine, name, locked(getattr(engine, name)))
 
     def wake() -> None:

@@ -19,7 +19,7 @@ from kvcached.engines.vllm import adapter, device, geometry, identity, selftest
 from kvcached.engines.vllm.pool import ElasticBlockPool, ElasticKVCacheManager
 from kvcached.errors import EngineError
 from kvcached.group import grouped
-from kvcached.pages import PagePool
+from kvcached.pages import Commands, PagePool
 from kvcached.units import format_size
 from kvcached.vmm_ops import Blocks
 
@@ -46,6 +46,7 @@ class ElasticScheduler:
     max_num_running_reqs: int
     max_num_scheduled_tokens: int
     followed = False  # by the thread that waits for pressure from others
+    asleep = False  # no step may run: there are no weights
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         speaking = signatures.speaking(type(self), "__init__", after=ElasticScheduler)
@@ -192,6 +193,8 @@ class ElasticScheduler:
         return done
 
     def has_requests(self) -> bool:
+        if self.asleep:
+            return False
         # Commands must leave: an idle engine makes an empty step that carries them.
         return bool(
             super().has_requests()  # type: ignore[misc]
@@ -212,6 +215,16 @@ class ElasticScheduler:
 
     # --- ours
 
+    def fall_asleep(self) -> Commands | None:
+        """Gives up every page that no request uses, and makes no step until the engine wakes.
+        Returns commands that the caller carries.
+        """
+        self.asleep = True
+        self.pages.give_up(self.pages.blocks.num_pages)
+        self.account.set_demand(0)
+        self.pages.publish()
+        return self.pages.take_commands()
+
     def _apply_settings(self, config: Config, instance: str) -> None:
         for ledger in self.ledgers:
             if config.limit is not None:
@@ -222,7 +235,8 @@ class ElasticScheduler:
                 ledger.set_weight(instance, config.weight)
 
     def _settle(self) -> None:
-        self.pages.settle(idle=self.pages.blocks.used_blocks <= 1, coming=self._blocks_coming())
+        if not self.asleep:  # what would be mapped ahead could not leave
+            self.pages.settle(idle=self.pages.blocks.used_blocks <= 1, coming=self._blocks_coming())
         self.pages.publish()
 
     def _can_only_wait(self, output: Any) -> bool:

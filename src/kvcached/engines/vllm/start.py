@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvcached import foreign
 from kvcached.engines.base import substituted
-from kvcached.engines.vllm.identity import Identity
-from kvcached.foreign import Memory
-from kvcached.ledger import Ledger
+from kvcached.engines.vllm.room import GpuRoom
 from kvcached.units import GIB, format_size
 
 logger = logging.getLogger(__name__)
@@ -31,86 +27,18 @@ logger = logging.getLogger(__name__)
 # Beside the weights: the CUDA context, the activations of the largest batch, graphs. What exceeds
 # it comes out of the headroom.
 BESIDE_WEIGHTS_BYTES = 2 * GIB
+NO_SLEEP_MODE = (
+    "kvcached: this engine has no sleep mode. On a GPU it must be started with "
+    "--enable-sleep-mode; on a CPU vLLM has none. An idle engine gives its KV cache's memory back "
+    "by itself"
+)
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-_ASK_AGAIN_S = 0.05
-_SAY_AGAIN_S = 5.0
 
 
-class GpuStart:
+class GpuStart(GpuRoom):
     """One worker's start on a shared GPU, from before its first allocation to its last warm-up."""
 
-    def __init__(self, ledger: Ledger, memory: Memory, who: Identity) -> None:
-        self._ledger = ledger
-        self._memory = memory
-        self._instance = who.instance
-        self._member = ledger.attach(who.instance, who.name)
-        self._activation_bytes = 0
-        self._least = 0  # bytes that it sets aside in any case
-
-    def wait_for_room(self, size_bytes: int) -> None:
-        """Sets memory aside, and waits until it is there: others give back for it what they only
-        cache, and lease nothing meanwhile.
-        """
-        self.measure()
-        said = 0.0
-        while not self._member.set_aside(self._wanted(size_bytes)):
-            now = time.monotonic()
-            if now - said > _SAY_AGAIN_S:
-                said = now
-                snapshot = self._ledger.snapshot()
-                logger.warning(
-                    "kvcached: waiting on %s for %s of memory for the model to load; KV caches "
-                    "hold %s, and %s are in use beside them",
-                    self._ledger.device,
-                    format_size(size_bytes),
-                    format_size(snapshot.charge),
-                    format_size(snapshot.foreign),
-                )
-            time.sleep(_ASK_AGAIN_S)
-            self.measure()
-
-    @contextmanager
-    def in_turn(self, devices: Sequence[str]) -> Iterator[None]:
-        """Enters the block when the instance has room on all ``devices`` before this one, and
-        leaves it when it has room on all of them.
-
-        Every engine takes its devices in this order, so two that start at the same time do not
-        wait for each other with half of the room each; and no rank starts before all can, since
-        vLLM's ranks wait for each other for a limited time only.
-        """
-        own, directory = self._ledger.device, self._ledger.path.parent
-        with ExitStack() as stack:
-            ledgers = [
-                stack.enter_context(Ledger.open(directory, name, create=False, read_only=True))
-                for name in devices
-                if name != own
-            ]
-            self._least = 1 if ledgers else 0  # so that other ranks see that it was granted
-            self._wait_for_ranks([ledger for ledger in ledgers if ledger.device < own])
-            yield
-            self._wait_for_ranks(ledgers)
-
-    def _wait_for_ranks(self, ledgers: Sequence[Ledger]) -> None:
-        for ledger in ledgers:
-            while not _has_room(ledger, self._instance):
-                time.sleep(_ASK_AGAIN_S)
-
-    def _wanted(self, size_bytes: int) -> int:
-        """What of it lies in the ledger's capacity, as far as it can be had at all."""
-        inside = foreign.inside(self._ledger, self._memory, size_bytes)
-        return max(self._least, min(inside, self._most()))
-
-    def _most(self) -> int:
-        """What could be had if everybody else kept only what is theirs: more is never there, and
-        whether less is enough is for the engine to find out.
-        """
-        now = self._ledger.snapshot()
-        floors = sum(max(account.guarantee, account.pinned) for account in now.accounts)
-        return max(0, now.capacity - now.headroom - now.foreign - floors)
-
-    def measure(self) -> None:
-        """Tells the ledger what is in use beside pages."""
-        foreign.refresh(self._ledger, self._memory)
+    _activation_bytes = 0
 
     @contextmanager
     def watching_activations(self, device: torch.device) -> Iterator[None]:
@@ -124,16 +52,19 @@ class GpuStart:
 
     def end(self, device: torch.device) -> None:
         """The engine runs: what it holds is measured, and nothing is set aside any more."""
-        self._keep_activations(device)
-        self.measure()
-        self._member.close()
+        self.keep_activations(device)
+        self.close()
 
-    def _keep_activations(self, device: torch.device) -> None:
-        """Leaves torch with as much cached memory as the activations need. vLLM gives it back to
-        the device before it captures graphs; then others would lease it.
-        """
+    def missing_activations(self, device: torch.device) -> int:
+        """Bytes that torch would have to take from the device for the largest activations."""
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if (missing := self._activation_bytes - cached) <= 0:
+        return max(0, self._activation_bytes - int(cached))
+
+    def keep_activations(self, device: torch.device) -> None:
+        """Leaves torch with as much cached memory as the activations need. vLLM gives it back to
+        the device before it captures graphs, and when it goes to sleep; then others would lease it.
+        """
+        if (missing := self.missing_activations(device)) == 0:
             return
         try:
             torch.empty(missing, dtype=torch.int8, device=device)
@@ -144,13 +75,6 @@ class GpuStart:
                 self._ledger.device,
                 format_size(missing),
             )
-
-
-def _has_room(ledger: Ledger, instance: str) -> bool:
-    """Whether a member of the instance has been granted what it set aside there."""
-    account = ledger.snapshot().account(instance)
-    members = () if account is None else account.members
-    return any(member.set_aside > 0 and member.demand == 0 for member in members)
 
 
 @contextmanager

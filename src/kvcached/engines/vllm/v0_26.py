@@ -9,6 +9,7 @@ from kvcached.engines.vllm.steps import new_blocks
 
 __all__ = [
     "PLATFORMS",
+    "SLEEPS",
     "expects",
     "new_blocks",
     "scheduling",
@@ -18,3 +19,4 @@ __all__ = [
 ]
 
 PLATFORMS = ("cpu",)
+SLEEPS = False

@@ -8,6 +8,7 @@ from kvcached.engines.vllm.steps import new_blocks
 
 __all__ = [
     "PLATFORMS",
+    "SLEEPS",
     "expects",
     "new_blocks",
     "scheduling",
@@ -17,3 +18,4 @@ __all__ = [
 ]
 
 PLATFORMS = ("cpu",)
+SLEEPS = False

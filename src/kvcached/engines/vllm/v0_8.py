@@ -14,6 +14,7 @@ from kvcached.engines.vllm.steps import new_blocks_0_8 as new_blocks
 
 __all__ = [
     "PLATFORMS",
+    "SLEEPS",
     "expects",
     "new_blocks",
     "scheduling",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 PLATFORMS = ("cuda",)
+SLEEPS = False
 
 
 def seams() -> Sequence[Seam]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,13 +22,19 @@ from kvcached.engines.vllm import (
     selftest,
     start,
 )
+from kvcached.engines.vllm.room import GpuRoom
 from kvcached.engines.vllm.start import GpuStart
 from kvcached.engines.vllm.zeros import AnswerZeros
 from kvcached.errors import EngineError, KvcachedError
 from kvcached.pages import Commands
 from kvcached.views import int8_tensor
 
+if TYPE_CHECKING:
+    from kvcached.engines.vllm.weights import SleepingWeights
+
 logger = logging.getLogger(__name__)
+
+_DRAIN_S = 5.0  # what the device may take to unmap what was freed
 
 
 class ElasticWorker:
@@ -41,6 +47,7 @@ class ElasticWorker:
     is_driver_worker: bool
     model_runner: Any
     _start: GpuStart | None = None
+    _weights: SleepingWeights | None = None  # where they can sleep
     _warm = False
     _seen_mapped = False
 
@@ -54,13 +61,13 @@ class ElasticWorker:
         # The ledger's lock before everything else: at death the kernel drops it after what is
         # numbered above it, the memory and the driver's own files.
         self._ledger = device.open_ledger(config, self._device)
-        names = [each.name for each in devices.distinct]
+        self._names = [each.name for each in devices.distinct]
         if who.ranks > 1:
-            ranks.follow(config.directory, names, who)
+            ranks.follow(config.directory, self._names, who)
         if self._device.memory is None:
             return super().init_device()  # type: ignore[misc]
         self._start = GpuStart(self._ledger, self._device.memory, who)
-        with self._start.in_turn(names):
+        with self._start.in_turn(self._names):
             self._start.wait_for_room(start.needed_bytes(self.vllm_config))
         with start.without_memory_check():
             return super().init_device()  # type: ignore[misc]
@@ -125,17 +132,69 @@ class ElasticWorker:
         self._warm = True
         if self._start is not None:
             self._start.end(self.device)
+            if self.vllm_config.model_config.enable_sleep_mode:
+                self._weights = self._weights_that_sleep(self._start)
         return done
 
+    def _weights_that_sleep(self, started: GpuStart) -> SleepingWeights:
+        from kvcached.engines.vllm.weights import SleepingWeights  # loads vLLM's pool
+
+        return SleepingWeights(
+            started,
+            self.device,
+            self._make_room,
+            self._names,
+            lambda: self.mapper.arena.created_bytes(),
+        )
+
+    def _make_room(self) -> GpuRoom:
+        assert self._device.memory is not None
+        who, timeout_s = identity.of(self.vllm_config), Config.from_env().map_timeout_s
+        memory = self._device.memory
+        return GpuRoom(self._ledger, memory, who, "the model to wake up", timeout_s)
+
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._weights is not None and self._weights.asleep:
+            raise EngineError("kvcached: a step reached a worker whose model is asleep")
         self._carry_out(scheduler_output)
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
 
     def sleep(self, level: int = 1) -> None:
-        raise EngineError(
-            "kvcached: sleep mode is not supported: an idle engine gives its KV cache's memory "
-            "back by itself"
-        )
+        weights = self._sleeping_weights()
+        if weights.asleep:
+            logger.warning("kvcached: the model is asleep already")
+            return
+        self.mapper.drain(_DRAIN_S)
+        with weights.leaving(level):
+            super().sleep(level)  # type: ignore[misc]
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        with self._sleeping_weights().coming(tags, self.model_runner):
+            super().wake_up(tags)  # type: ignore[misc]
+
+    def make_room(self, tags: list[str] | None = None) -> str | None:
+        """Called before ``wake_up``, by the engine's core on all ranks: waits for the memory that
+        it takes. Returns what went wrong, in words, and never raises: of ranks that raise, vLLM
+        would hear the first, and take the others' answers for those to its next question.
+        """
+        try:
+            self._sleeping_weights().make_room(tags)
+        except KvcachedError as error:
+            return str(error)
+        return None
+
+    def leave_room(self) -> None:
+        """Gives up what ``make_room`` got: another rank has none."""
+        self._sleeping_weights().leave_room()
+
+    def apply_commands(self, commands: Commands) -> None:
+        """Commands that no step carries, by the engine's core, before it falls asleep."""
+        self._apply(commands)
+
+    def _sleeping_weights(self) -> SleepingWeights:
+        if self._weights is None:
+            raise EngineError(start.NO_SLEEP_MODE)
+        return self._weights
 
     def _carry_out(self, scheduler_output: Any) -> None:
         """The one place where pages come and go."""
