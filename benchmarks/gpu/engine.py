@@ -64,6 +64,8 @@ class Job:
     plan: str = ""  # a file with load points of several models: the work "point-N" is one of them
     model_index: int = 0  # which of the models in the plan this engine is
     headroom: str = ""  # KVCACHED_HEADROOM
+    sleep_mode: bool = False
+    map_timeout_s: float | None = None  # KVCACHED_MAP_TIMEOUT
     turns: str = ""  # a file: models have the GPU one at a time, and sleep otherwise (``turns.py``)
     models: int = 1  # that take turns
     device: str = "gpu"  # or a host device, as ``host:NAME``: then everything runs on the CPU
@@ -94,6 +96,8 @@ class Job:
                 changes["KVCACHED_PAGE_SIZE_MB"] = str(self.page_mib)
             if self.capacity_bytes is not None:
                 changes["KVCACHED_CAPACITY"] = str(self.capacity_bytes)
+            if self.map_timeout_s is not None:
+                changes["KVCACHED_MAP_TIMEOUT"] = f"{self.map_timeout_s:g}"
             if self.headroom:
                 changes["KVCACHED_HEADROOM"] = self.headroom
             if self.on_host:
@@ -131,6 +135,8 @@ def build(job: Job) -> Any:
     else:
         arguments["compilation_config"] = dict(job.compilation)
         arguments["attention_config"] = {"backend": job.backend}
+    if job.sleep_mode:
+        arguments["enable_sleep_mode"] = True
     if job.speculative:
         arguments["speculative_config"] = dict(job.speculative)
     if not job.elastic and job.kv_bytes is not None:
@@ -292,6 +298,7 @@ def _of_one_ledger(job: Job, directory: Path, device: str) -> dict[str, Any]:
 def run(job: Job, folder: Path) -> None:
     """Builds the engine and does the work; results in ``folder/NAME.json`` at each step."""
     from points import play_point
+    from sleep_work import WORK as SLEEPING
     from workloads import WORK, verdict
 
     result: dict[str, Any] = {"name": job.name, "ok": False, "work": {}}
@@ -321,6 +328,8 @@ def run(job: Job, folder: Path) -> None:
         elif name.startswith("point-"):
             files = Path(job.plan), job.model_index, Path(job.start_files[index])
             result["work"][name] = play_point(llm, *files, turns)
+        elif (part := name.partition("-")[0]) in SLEEPING and job.sleep_mode:
+            result["work"][name] = SLEEPING[part](llm, None)
         else:
             result["work"][name] = WORK[name](llm, lose(job.loses) if job.loses else None)
         save()
