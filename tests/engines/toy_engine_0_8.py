@@ -133,6 +133,9 @@ class ToyWorker(WorkerBase):  # type: ignore[misc]
     def sleep(self, level: int = 1) -> None:
         return
 
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        return
+
     def execute_model(self, scheduler_output: Any) -> ModelRunnerOutput:
         if not scheduler_output.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
