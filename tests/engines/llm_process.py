@@ -299,13 +299,41 @@ def finish(llm: Any) -> list[int]:
     return list(outputs[-1].outputs[0].token_ids)
 
 
+def ends(job: dict[str, Any]) -> dict[str, Any]:
+    """How answers end; while they run, the engine gets a limit of so many pages."""
+    import threading
+
+    from kvcached import open_pool
+
+    def lower() -> None:
+        with open_pool() as pool:
+            while pool.instance("llm").in_use < job["above"] * pool.instance("llm").page_bytes:
+                time.sleep(0.005)
+            pool.set_limit("llm", job["limit"] * pool.instance("llm").page_bytes, wait_s=0)
+
+    llm = build(job)
+    threading.Thread(target=lower, daemon=True).start()
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in job["prompts"]]
+    sampling = [
+        SamplingParams(temperature=0, max_tokens=most, ignore_eos=True, detokenize=False)
+        for most in job["max_tokens"]
+    ]
+    found = [each.outputs[0] for each in llm.generate(prompts, sampling, use_tqdm=False)]
+    return {"ends": [(len(each.token_ids), each.finish_reason, each.stop_reason) for each in found]}
+
+
 def answer(job: dict[str, Any], result: dict[str, Any]) -> None:
     target = Path(job["answer"])
     target.with_suffix(".part").write_text(json.dumps(result))
     target.with_suffix(".part").rename(target)
 
 
-TASKS = {task.__name__: task for task in (equality, several, no_maps, fork, until_it_dies, asleep)}
+TASKS = {
+    task.__name__: task for task in (equality, several, no_maps, fork, ends, until_it_dies, asleep)
+}
 
 
 def main() -> None:

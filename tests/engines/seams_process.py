@@ -28,7 +28,9 @@ SEAMS = {
 if InputProcessor.__name__ == "Processor":
     SEAMS.add((EngineCore, "shutdown"))  # nobody tells its schedulers
 else:
-    SEAMS.add((MPClient, "shutdown"))
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    SEAMS |= {(MPClient, "shutdown"), (OutputProcessor, "process_outputs")}
 
 
 def state() -> dict[type, dict[str, Any]]:

@@ -6,6 +6,7 @@ The tables of other versions (``expects_0_8`` ...) say what differs from these.
 
 from __future__ import annotations
 
+_OUTPUTS = "vllm.v1.engine.output_processor:OutputProcessor"
 FRONT = {
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": "self, usage_context=, headless=",
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": (
@@ -28,6 +29,11 @@ FRONT = {
     "vllm.v1.executor.abstract:Executor.wake_up": "self, tags=",
     "vllm.v1.engine.core:EngineCoreProc.run_busy_loop": "self",
     "vllm.v1.engine.core_client:MPClient.shutdown": "self, timeout=",
+    f"{_OUTPUTS}.process_outputs": (
+        "self, engine_core_outputs, engine_core_timestamp=, iteration_stats=, weight_version="
+    ),
+    f"{_OUTPUTS}.abort_requests": "self, request_ids, internal",
+    "vllm.v1.engine.output_processor:RequestOutputCollector.put": "self, output",
 }
 
 _POOL = "vllm.v1.core.block_pool:BlockPool"

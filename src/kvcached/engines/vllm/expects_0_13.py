@@ -15,6 +15,7 @@ FRONT = {
     ),
     "vllm.v1.engine.core:EngineCore.sleep": "self, level=",
     "vllm.v1.engine.core_client:MPClient.shutdown": "self",
+    "vllm.v1.engine.output_processor:OutputProcessor.abort_requests": "self, request_ids",
 }
 SCHEDULER = {
     **expects_0_19.SCHEDULER,

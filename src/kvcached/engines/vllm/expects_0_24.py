@@ -10,6 +10,9 @@ FRONT = {
         "self, request_id, prompt, params, supported_tasks, arrival_time=, lora_request=, "
         "tokenization_kwargs=, trace_headers=, priority=, data_parallel_rank=, resumable="
     ),
+    "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": (
+        "self, engine_core_outputs, engine_core_timestamp=, iteration_stats="
+    ),
 }
 SCHEDULER = {
     **expects.SCHEDULER,

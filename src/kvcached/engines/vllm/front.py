@@ -1,4 +1,4 @@
-"""The front end's part: what the engine is built from, and requests that can never fit."""
+"""The front end's part: what the engine is built from, and prompts that can never fit."""
 
 from __future__ import annotations
 
@@ -11,16 +11,10 @@ from kvcached import watch
 from kvcached.config import Config
 from kvcached.engines.registry import OFF
 from kvcached.engines.vllm import adapter, classes, device, identity
-from kvcached.errors import EngineError, RequestTooLargeError
+from kvcached.engines.vllm.never_fits import RequestNeverFitsError, reason
+from kvcached.errors import EngineError
 from kvcached.ledger import Ledger
-from kvcached.units import ceil_div, format_size
-
-try:
-    from vllm.exceptions import VLLMValidationError
-
-    _BASES: tuple[type, ...] = (VLLMValidationError, RequestTooLargeError)  # the first one's init
-except ImportError:  # before vLLM 0.16
-    _BASES = (RequestTooLargeError,)
+from kvcached.units import ceil_div
 
 # vLLM answers the requests in flight with an error when its engine dies; it gets this long.
 FAREWELL_S = 0.15
@@ -130,12 +124,6 @@ def _ledgers(ranks: int) -> tuple[Ledger, ...]:
     return tuple(device.open_ledgers(config, device.of(config, ranks)))
 
 
-class RequestNeverFitsError(*_BASES):  # type: ignore[misc]
-    """vLLM answers its own validation errors with HTTP 400 (where it has none, all of them that are
-    a ValueError), and others with 500.
-    """
-
-
 def check_fits(ledgers: Sequence[Ledger], instance: str, tokens: int) -> None:
     """Raises RequestNeverFitsError if a prompt, of which so many tokens must be kept, can never fit
     the instance: on the device that can give it least.
@@ -150,8 +138,7 @@ def check_fits(ledgers: Sequence[Ledger], instance: str, tokens: int) -> None:
     most = max(0, account.ceiling // account.page_bytes * in_page - 1)  # block 0 is vLLM's own
     if blocks <= most:
         return
+    block = (account.block_tokens, account.block_bytes)
     raise RequestNeverFitsError(
-        f"This request needs {blocks} blocks of KV cache ({tokens} prompt tokens, "
-        f"{format_size(blocks * account.block_bytes)}), but {account.name} can get at most {most} "
-        f"blocks ({most * account.block_tokens} tokens, {format_size(most * account.block_bytes)})."
+        reason(f"{tokens} prompt tokens", blocks, account.name, most, block)
     )

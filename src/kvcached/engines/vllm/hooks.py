@@ -40,6 +40,24 @@ def processed(vllm_config: Any, request: Any) -> Any:
     return request
 
 
+def answered(processor: Any, outputs: Any) -> Any:
+    """Before the front end's ``process_outputs``: callers whose requests outgrew what their engine
+    can get are told so, with both numbers. Returns what ``gave_up`` wants.
+    """
+    from kvcached.engines.vllm import never_fits
+
+    return never_fits.answer(processor, outputs)
+
+
+def gave_up(processor: Any, failed: Any, processed: Any) -> Any:
+    """After it: returns what it returned, with the samples that nobody waits for any more."""
+    if failed:
+        from kvcached.engines.vllm import never_fits
+
+        processed.reqs_to_abort.extend(never_fits.give_up_siblings(processor, failed))
+    return processed
+
+
 def built(engine: Any) -> None:
     """At the end of ``EngineCore.__init__``: an engine in its caller's process is followed from
     here. One in a process of its own is not whole yet: see ``runs``.

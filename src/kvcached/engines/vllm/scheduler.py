@@ -16,6 +16,7 @@ from kvcached.config import Config
 from kvcached.engines import signatures
 from kvcached.engines.base import substituted
 from kvcached.engines.vllm import adapter, device, geometry, identity, selftest
+from kvcached.engines.vllm.never_fits import reason
 from kvcached.engines.vllm.pool import ElasticBlockPool, ElasticKVCacheManager
 from kvcached.errors import EngineError
 from kvcached.group import grouped
@@ -109,7 +110,7 @@ class ElasticScheduler:
         self._scheduled_s = time.monotonic()
         self._patience_s = 0.0  # what this step may still wait for memory that is about to come
         self._in_flight = 0  # steps with tokens whose output has not come yet
-        self._hopeless: set[str] = set()  # ids of requests that can never fit
+        self._hopeless: dict[str, str] = {}  # why requests can never fit, by their ids
         logger.info(
             "kvcached: %s on %s: %d blocks of %s, pages of %s, capacity %s",
             who.name,
@@ -283,20 +284,15 @@ class ElasticScheduler:
         most = self.most_blocks()
         if blocks <= most or request.request_id in self._hopeless:
             return
-        tokens = self._shape.block_tokens
-        logger.error(
-            "kvcached: request %s needs %d blocks (%d tokens, %s) of KV cache, and %s can get at "
-            "most %d blocks (%d tokens, %s): it fails",
-            request.request_id,
+        why = reason(
+            f"{request.num_tokens} tokens",
             blocks,
-            blocks * tokens,
-            format_size(blocks * self._block_bytes),
             self._name,
             most,
-            most * tokens,
-            format_size(most * self._block_bytes),
+            (self._shape.block_tokens, self._block_bytes),
         )
-        self._hopeless.add(request.request_id)
+        logger.error("kvcached: request %s fails: %s", request.request_id, why)
+        self._hopeless[request.request_id] = why
 
     def most_blocks(self) -> int:
         """The blocks that this instance could have if the others kept only what is theirs."""
@@ -304,9 +300,10 @@ class ElasticScheduler:
         return min(pages * self._shape.blocks_per_page, self._shape.num_blocks) - 1
 
     def _fail_hopeless(self, outputs: Any) -> Any:
-        ids, self._hopeless = self._hopeless, set()
-        failed = [r for r in map(self.requests.get, ids) if r is not None and not r.is_finished()]
-        super().finish_requests(ids, self._version.FAILED)  # type: ignore[misc]
+        reasons, self._hopeless = self._hopeless, {}
+        found = [(self.requests.get(request_id), why) for request_id, why in reasons.items()]
+        failed = [(r, why) for r, why in found if r is not None and not r.is_finished()]
+        super().finish_requests(list(reasons), self._version.FAILED)  # type: ignore[misc]
         return self._version.report_failed(outputs, failed)
 
 

@@ -71,15 +71,16 @@ def blocks_held(manager: Any, request_id: str) -> int:
     )
 
 
-def report_failed(outputs: Any, failed: Iterable[Any]) -> Any:
-    """Adds to a step's outputs that requests have failed."""
-    for request in failed:
+def report_failed(outputs: Any, failed: Iterable[tuple[Any, str]]) -> Any:
+    """Adds to a step's outputs that requests have failed, and why: see ``never_fits``."""
+    for request, reason in failed:
         batch = outputs.setdefault(request.client_index, EngineCoreOutputs())
         batch.outputs.append(
             EngineCoreOutput(
                 request_id=request.request_id,
                 new_token_ids=[],
                 finish_reason=FinishReason.ERROR,
+                stop_reason=reason,
             )
         )
     return outputs

@@ -39,12 +39,17 @@ def blocks_held(manager: Any, request_id: str) -> int:
     return sum(block is not null for block in manager.req_to_blocks.get(request_id, ()))
 
 
-def report_failed(outputs: Any, failed: Iterable[Any]) -> Any:
-    """Adds to a step's outputs that requests have failed."""
+def report_failed(outputs: Any, failed: Iterable[tuple[Any, str]]) -> Any:
+    """Adds to a step's outputs that requests have failed, and why: their clients find the reason
+    beside what was generated.
+    """
     outputs.outputs += [
         EngineCoreOutput(
-            request_id=request.request_id, new_token_ids=[], finish_reason=FinishReason.ABORT
+            request_id=request.request_id,
+            new_token_ids=[],
+            finish_reason=FinishReason.ABORT,
+            stop_reason=reason,
         )
-        for request in failed
+        for request, reason in failed
     ]
     return outputs

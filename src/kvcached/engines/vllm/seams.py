@@ -31,6 +31,16 @@ def _process_inputs(original: Any) -> Any:
     return process_inputs
 
 
+def _process_outputs(original: Any) -> Any:
+    @functools.wraps(original)
+    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        failed = hooks.answered(self, engine_core_outputs)
+        processed = original(self, engine_core_outputs, *args, **kwargs)
+        return hooks.gave_up(self, failed, processed)
+
+    return process_outputs
+
+
 def _init(original: Any) -> Any:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -73,8 +83,13 @@ def common(processor: type) -> Sequence[Seam]:
 def usual() -> Sequence[Seam]:
     """The seams of versions since 0.13."""
     from vllm.v1.engine.input_processor import InputProcessor  # older versions have no such module
+    from vllm.v1.engine.output_processor import OutputProcessor
 
-    return (*common(InputProcessor), Seam(MPClient, "shutdown", _shutdown_client))
+    return (
+        *common(InputProcessor),
+        Seam(OutputProcessor, "process_outputs", _process_outputs),
+        Seam(MPClient, "shutdown", _shutdown_client),
+    )
 
 
 def _shutdown_client(original: Any) -> Any:
