@@ -384,9 +384,7 @@ class PagePool:
         return self._clock() - self._worked_s < REST_S
 
     def rested(self) -> bool:
-        """Whether the engine, idle for long enough, is still said to work: then it should
-        ``relieve``. Any thread may ask.
-        """
+        """Whether it is idle for long but still said to work: time to ``relieve``. Any thread."""
         return (
             self._working and self.blocks_in_use() <= 1 and self._clock() - self._worked_s >= REST_S
         )

@@ -53,9 +53,8 @@ def answer(processor: Any, outputs: Iterable[Any]) -> list[Any]:
         if output.finish_reason is FinishReason.ERROR and isinstance(output.stop_reason, str):
             state = processor.request_states.get(output.request_id)
             if state is not None and state.queue is not None:
-                state.queue.put(
-                    RequestNeverFitsError(output.stop_reason)
-                )  # stays there: it is last
+                # What comes after it is not put into the queue: an error stays there.
+                state.queue.put(RequestNeverFitsError(output.stop_reason))
                 failed.append(state)
     return failed
 
