@@ -9,6 +9,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
@@ -67,6 +68,15 @@ void go_first(int pid) {
   closedir(tasks);
 }
 
+// Where sessions share the cores first (sched_autogroup), nice counts within a session only. Puts
+// this process's session ahead of others, where the system lets it.
+void session_goes_first() {
+  FILE* file = std::fopen("/proc/self/autogroup", "we");
+  if (file == nullptr) return;
+  std::fprintf(file, "%d\n", kFirst);
+  std::fclose(file);
+}
+
 // The processes that one thread watches. Its descriptors stay open for the life of this process.
 class Watch {
  public:
@@ -99,6 +109,11 @@ class Watch {
       const bool dying = life(i).fd != kNone && life(i).revents != 0;
       const bool there = poll(&watched_[2 * i], 1, 0) == 0;  // so its number is nobody else's yet
       if (dying && there) go_first(pids_[i]);
+    }
+    // Never the session of somebody who started us by hand and lives on.
+    const int leader = getsid(0);
+    if (leader == getpid() || std::find(pids_.begin(), pids_.end(), leader) != pids_.end()) {
+      session_goes_first();
     }
   }
 

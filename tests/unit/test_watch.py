@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -68,6 +69,46 @@ def test_its_thread_goes_first_where_the_system_lets_it() -> None:
         leader.wait()
         process.wait(timeout=30)
     assert nice == [expected]
+
+
+SESSION = """
+import subprocess, sys, time
+from kvcached import watch
+other = subprocess.Popen(["sleep", "60"])
+watch.end_with([int(sys.argv[1])])
+print(other.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_its_own_session_goes_first_and_no_other(own: bool) -> None:
+    """``other`` is in the session of the one that ends, and tells what became of it. The session is
+    theirs alone, or that of a shell that lives on.
+    """
+    if not Path("/proc/self/autogroup").exists():
+        pytest.skip("this kernel does not share cores between sessions")
+    leader = subprocess.Popen(["sleep", "60"])
+    ends = [sys.executable, "-c", SESSION, str(leader.pid)]
+    # A shell that does not become its last command.
+    shell = ["sh", "-c", f"{shlex.join(ends)}; sleep 60"]
+    with subprocess.Popen(
+        ends if own else shell, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        other = int(process.stdout.readline())
+        group = Path(f"/proc/{other}/autogroup")
+        before = group.read_text()
+        leader.kill()
+        leader.wait()
+        if own:
+            process.wait(timeout=30)
+        else:
+            time.sleep(1.0)
+        after = group.read_text()
+        os.killpg(process.pid, signal.SIGKILL)
+    assert before.endswith("nice 0\n")
+    assert after.endswith(f"nice {first()}\n" if own else "nice 0\n")
 
 
 THREAD = """
