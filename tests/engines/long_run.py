@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ from kvcached.processes import session_processes
 CAPACITY = 12 * MIB
 KINDS = ("api", "core", "worker")
 WARM_S = 45.0  # after so long a process has what it needs
+TELL_S = 60.0
 FDS_MORE, MAPPINGS_MORE = 12, 200  # that a process may have more than then: connections, arenas
 
 
@@ -85,6 +87,7 @@ class LongRun:
         self.outcome = Outcome()
         self.loads: dict[str, Load] = {}
         self.footprints: dict[int, Footprint] = {}
+        self.told_s = 0.0
 
     def run(self, seconds: float) -> None:
         start = time.monotonic()
@@ -99,6 +102,7 @@ class LongRun:
             self.events[event.__name__] += 1
             event(self.dice.choice(self.servers()))
             self.look()
+            self.tell(time.monotonic() - start)
         for server in self.servers():
             self.end_load(server, killed=False)
 
@@ -167,6 +171,20 @@ class LongRun:
         time.sleep(self.dice.uniform(1.0, 5.0))
         self.start_load(server)
 
+    def tell(self, seconds: float) -> None:
+        """A line a minute."""
+        if seconds < self.told_s + TELL_S:
+            return
+        self.told_s = seconds
+        outcome = self.outcome
+        print(
+            f"[{seconds:6.0f} s] answered {outcome.answered}, failed with their server "
+            f"{outcome.failed_with_their_server}, lost {len(outcome.lost)}, wrong {outcome.wrong}, "
+            f"kills {self.events['kill']}, stops {self.events['stop']}",
+            file=sys.stderr,
+            flush=True,
+        )
+
     # --- what must hold
 
     def look(self) -> None:
@@ -214,10 +232,15 @@ def long_run(seconds: float, seed: int, folder: Path) -> int:
     before = ours_in_shared_memory()
     pair = Pair(model, folder / "pair", capacity=CAPACITY)
     run = LongRun(pair, expected, seed)
+    start, problem = time.monotonic(), ""
     try:
         pair.up()
         with pair.watch() as memory:
-            run.run(seconds)
+            try:
+                run.run(seconds)
+            except Exception:  # noqa: BLE001 - what it saw until then is told all the same
+                problem = traceback.format_exc()
+                print(problem, file=sys.stderr)
     finally:
         pair.close()
     with Ledger.open(*pair.place, create=False) as ledger:
@@ -232,7 +255,7 @@ def long_run(seconds: float, seed: int, folder: Path) -> int:
     left = sorted(ours_in_shared_memory() - before)
     outcome = run.outcome
     report = {
-        "seconds": seconds,
+        "seconds": round(time.monotonic() - start),
         "seed": seed,
         "events": dict(run.events),
         "answered": outcome.answered,
@@ -247,9 +270,10 @@ def long_run(seconds: float, seed: int, folder: Path) -> int:
         "growth": growth,
         "leaks": leaks,
         "left_in_shared_memory": left,
+        "problem": problem,
     }
     print(json.dumps(report, indent=1))
-    bad = outcome.lost or outcome.wrong or leaks or left or seen.accounts
+    bad = problem or outcome.lost or outcome.wrong or leaks or left or seen.accounts
     return 1 if bad or memory.peak > CAPACITY or seen.high_water > CAPACITY else 0
 
 
