@@ -53,6 +53,7 @@ class Job:
     layout: str = "auto"  # KVCACHED_LAYOUT
     zero_holes: bool = False  # KVCACHED_UNMAPPED
     kv_dtype: str = "auto"
+    block_tokens: int | None = None  # of vLLM's blocks; None: as vLLM decides
     kv_order: str = ""  # VLLM_KV_CACHE_LAYOUT: NHD or HND
     speculative: dict[str, Any] = field(default_factory=dict)
     compilation: dict[str, Any] = field(
@@ -143,6 +144,8 @@ def build(job: Job) -> Any:
         arguments["kv_cache_memory_bytes"] = job.kv_bytes
     if job.turns and not job.on_host:
         arguments["enable_sleep_mode"] = True
+    if job.block_tokens is not None:
+        arguments["block_size"] = job.block_tokens
     if job.async_scheduling is not None:
         arguments["async_scheduling"] = job.async_scheduling
     if job.max_tokens_a_step is not None:

@@ -111,6 +111,12 @@ def cases(
             yield case(
                 named("flashinfer-block", backend="FLASHINFER"), control="all", layout="block"
             )
+        if "flashinfer-wide" in names:
+            wide = named("flashinfer-wide", backend="FLASHINFER", block_tokens=64)
+            yield case(wide, control="all", layout="block")
+        if "flashinfer-zero" in names:
+            zero = named("flashinfer-zero", backend="FLASHINFER")
+            yield case(zero, control="all", layout="block", zero_holes=True)
         if "ngram" in names and runner == runners[-1]:  # only the V1 runner has this drafter
             lookup = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
             drafter = {"method": "ngram", "num_speculative_tokens": 4, **lookup}
@@ -252,7 +258,7 @@ def main() -> int:
         "--cases",
         default="base,prefix",
         help="of base, prefix, sync, triton, preempt, core, fence, compiled, zero, layer, fp8, "
-        "sliding, hnd, flashinfer, flashinfer-block, ngram",
+        "sliding, hnd, flashinfer, flashinfer-block, flashinfer-wide, flashinfer-zero, ngram",
     )
     parser.add_argument("--at-a-time", type=int, default=4, help="engines at a time")
     parser.add_argument("--limit", type=float, default=420.0, help="seconds in all")

@@ -32,6 +32,9 @@ PACKAGES = (
     "gguf",
     "interegular",
     "jiter",
+    "jsonschema",
+    "jsonschema-specifications",
+    "loguru",
     "msgspec",
     "openai==2.6.1",
     "opentelemetry-api",
@@ -42,11 +45,14 @@ PACKAGES = (
     "pydantic-core==2.50.5",
     "python-multipart",
     "pyzmq",
+    "referencing",
+    "rpds-py",
     "setproctitle",
     "sniffio",
     "starlette",
     "tokenizers==0.22.2",
     "transformers==5.12.1",
+    "typing-inspection",
     "uvicorn",
     "watchfiles",
 )
@@ -54,8 +60,6 @@ GLIBC = (39, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)  # manylinux_2_N: pip matche
 LEFT_OUT = (
     "sglang/multimodal_gen/",
     "sglang/test/",
-    "sglang/benchmark/",
-    "sglang/lang/backend/",
     "sglang/srt/grpc/_core",
 )
 
@@ -69,13 +73,16 @@ def download(folder: Path, name: str, python: str, *platforms: str) -> None:
     subprocess.run([*command, name], check=True)
 
 
+def platforms() -> list[str]:
+    old = ["manylinux2014_x86_64", "manylinux1_x86_64"]
+    return [*(f"manylinux_2_{number}_x86_64" for number in GLIBC), *old]
+
+
 def wheels(folder: Path) -> Iterator[Path]:
-    platforms = [f"manylinux_2_{number}_x86_64" for number in GLIBC]
-    platforms += ["manylinux2014_x86_64", "manylinux1_x86_64"]
     # Its wheels name a Python version for one compiled module, which is not needed.
-    download(folder, SGLANG, "3.11", *platforms)
+    download(folder, SGLANG, "3.11", *platforms())
     for name in PACKAGES:
-        download(folder, name, PYTHON, *platforms)
+        download(folder, name, PYTHON, *platforms())
     yield from sorted(folder.glob("*.whl"))
 
 
