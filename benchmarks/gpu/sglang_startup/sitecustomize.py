@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import traceback
 from typing import Any
 
 STAND_INS = (
@@ -23,10 +24,14 @@ def module(name: str) -> Any:
 
 
 def compute_natively() -> None:
+    # Asked when Triton's attention is set up: whether one kernel may start before another ends.
+    module("sgl_kernel.utils").is_arch_support_pdl = lambda: False
     operation = module("sglang.srt.layers.utils.multi_platform").MultiPlatformOp
     operation.dispatch_forward = lambda self: self.forward_native
     for name in ("sglang.jit_kernel.kvcache", "sglang.srt.mem_cache.memory_pool"):
         module(name).can_use_store_cache = lambda size: False
+    forward = module("sglang.srt.model_executor.forward_batch_info")
+    forward.clamp_position = forward._clamp_position_native
 
 
 def allow_gpus() -> None:
@@ -35,8 +40,16 @@ def allow_gpus() -> None:
     module("kvcached.engines.sglang.v0_5_15").PLATFORMS = ("cpu", "cuda")
 
 
-if os.environ.get("SGLANG_WITHOUT_KERNELS"):
+def start() -> None:
     module("sglang_stand_ins").stand_in(*STAND_INS)
     compute_natively()
     if os.environ.get("ENABLE_KVCACHED"):
         allow_gpus()
+
+
+if os.environ.get("SGLANG_WITHOUT_KERNELS"):
+    try:
+        start()
+    except Exception:  # noqa: BLE001 - Python would go on without what is missing here
+        traceback.print_exc()
+        os._exit(70)
