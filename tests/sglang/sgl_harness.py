@@ -97,7 +97,7 @@ class Engine:
     def session(self) -> int:
         return self.process.pid
 
-    def answer(self, limit_s: float = 150.0, outputs: int = 0) -> Any:
+    def answer(self, limit_s: float = 300.0, outputs: int = 0) -> Any:
         """The answer, as soon as it is there with so many outputs; the process may still run."""
 
         def there() -> bool:
@@ -116,7 +116,7 @@ class Engine:
     def _read(self) -> Any:
         return json.loads(self.answer_file.read_text())
 
-    def ended(self, limit_s: float = 90.0) -> int:
+    def ended(self, limit_s: float = 200.0) -> int:
         """The exit status, once the process has ended by itself."""
         return self.process.wait(limit_s)
 
@@ -202,7 +202,7 @@ class Sharing:
         self.memory = MemoryWatch(*self.engines.values())
         try:
             for engine in self.engines.values():
-                engine.answer(200)
+                engine.answer()
         except AssertionError:
             self._end()
             raise

@@ -80,7 +80,7 @@ def test_a_changed_seam_is_refused_by_name(tmp_path: Path, name: str) -> None:
         env=child_environment({**ENVIRONMENT, **changes}),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert found.returncode == 1, found.stdout + found.stderr
     check_message(found.stderr, name)
@@ -112,7 +112,7 @@ def test_what_is_not_supported_is_named(model: Path, tmp_path: Path) -> None:
     job = {"task": "equality", "model": str(model), "arguments": {"enable_mixed_chunk": True}}
     with Engine(tmp_path / "engine", job, switched_on(tmp_path, 8 * MIB)) as engine:
         words = "does not support mixed chunks of prefill and decode of SGLang yet"
-        wait_until(lambda: words in engine.text(), 90, "the message")
+        wait_until(lambda: words in engine.text(), 200, "the message")
         assert not engine.answer_file.exists()
 
 

@@ -81,7 +81,7 @@ class Server:
 def server(model: Path, tmp_path: Path) -> Iterator[Server]:
     started = Server(model, tmp_path)
     try:
-        wait_until(started.healthy, 120, "the server answers")
+        wait_until(started.healthy, 300, "the server answers")
         yield started
     finally:
         started.kill()
