@@ -33,7 +33,7 @@ TRACE = read_trace(None)
 def test_steps_take_what_they_took_on_a_gpu(
     requests: int, context: int, measured_ms: float
 ) -> None:
-    took_ms = 1e3 * LLAMA.step_s(DEVICE, requests * context, 0)
+    took_ms = 1e3 * LLAMA.step_s(DEVICE, requests * context, 0, requests)
     assert took_ms == pytest.approx(measured_ms, rel=0.12)
     assert 8192 / LLAMA.step_s(DEVICE, 0, 8192) == pytest.approx(31_000, rel=0.05)
 
@@ -41,7 +41,7 @@ def test_steps_take_what_they_took_on_a_gpu(
 def test_a_lone_request_waits_for_its_prompt_and_then_for_each_step() -> None:
     request = Request(2.0, 1000, 101)
     play([Engine(LLAMA, DEVICE, Static([8 * GIB]), 0, [request])], 100.0)
-    assert request.ttft_s == pytest.approx(LLAMA.step_s(DEVICE, 0, 1000))
+    assert request.ttft_s == pytest.approx(LLAMA.step_s(DEVICE, 0, 1000, 1))
     between = request.tpot_s
     assert between is not None
     assert LLAMA.step_s(DEVICE, 1000, 0) <= between <= LLAMA.step_s(DEVICE, 1101, 0)
@@ -115,7 +115,7 @@ def test_models_in_turns_wait_for_their_waking() -> None:
     play_in_turns(engines, [LLAMA, LLAMA], memory, 100.0)
     assert first.end_s is not None and second.first_s is not None
     assert wake_s(LLAMA) == pytest.approx(0.7, rel=0.01)
-    prompt_s = LLAMA.step_s(DEVICE, 0, 500)
+    prompt_s = LLAMA.step_s(DEVICE, 0, 500, 1)
     assert second.first_s == pytest.approx(first.end_s + wake_s(LLAMA) + prompt_s)
 
 
@@ -231,12 +231,13 @@ def test_engines_on_cores_of_their_own_do_not_share_the_time() -> None:
     assert beside.end_s == pytest.approx(alone.end_s) == other.end_s
 
 
-def test_steps_end_when_the_next_request_arrives() -> None:
-    step_s = LLAMA.step_s(DEVICE, 150, 0)
+def test_who_comes_during_a_step_joins_the_one_after_the_next() -> None:
+    step_s = LLAMA.step_s(DEVICE, 150, 0, 1)
     first, second = Request(0.0, 100, 400), Request(20.2 * step_s, 100, 4)
     play([Engine(LLAMA, DEVICE, Static([8 * GIB]), 0, [first, second])], 100.0)
     assert second.ttft_s is not None
-    assert second.ttft_s < LLAMA.step_s(DEVICE, 200, 100) + 1.5 * step_s
+    prompt_s = LLAMA.step_s(DEVICE, 200, 100, 2)
+    assert step_s < second.ttft_s - prompt_s < 2.1 * step_s
 
 
 def real(tmp_path: Path, device: Device = DEVICE) -> Path:

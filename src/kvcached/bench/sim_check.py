@@ -16,7 +16,7 @@ from typing import Any
 
 from kvcached.bench.sim_engine import Engine, Request, play
 from kvcached.bench.sim_memory import Elastic, Memory, Static
-from kvcached.bench.sim_shapes import SHAPES, TINY, Device
+from kvcached.bench.sim_shapes import H200, SHAPES, TINY, Device
 from kvcached.bench.simulate import Slo
 from kvcached.demo.percentiles import percentile
 from kvcached.errors import ConfigError
@@ -26,9 +26,9 @@ FACTOR, LEAST_S, SLO_PART = 1.5, 0.1, 0.1
 requests that meet their SLO, within this.
 """
 FITTED = ("step_overhead_s", "request_overhead_s", "bandwidth", "compute")
+"""A cost that is 0 stays 0."""
 FIT_TO = ("ttft_mean_s", "ttft_p50_s", "tpot_mean_s", "tpot_p50_s")
 FIT_STEPS = (2.0, 1.4, 1.15, 1.05)
-_START = Device(bandwidth=2.7e12, compute=500e12, request_overhead_s=1e-5)
 _START_HOST = Device(bandwidth=1e10, compute=1e11, step_overhead_s=0.005, request_overhead_s=2e-4)
 
 
@@ -70,7 +70,7 @@ def device_of(real: Mapping[str, Any]) -> Device:
     """What is known of the machine without looking at the figures."""
     if real.get("device", "").startswith("host:"):
         return replace(_START_HOST, at_once=real.get("cpus", 1))
-    return Device()
+    return H200 if "H200" in real["machine"] else Device()
 
 
 def _row(
@@ -153,8 +153,6 @@ def fitted(real: Mapping[str, Any], start: Device) -> Device:
     points = [name for name in real["sides"]["static"]["points"] if name in real["plan"]["points"]]
     points = [name for name in points if "prefixes" not in real["plan"]["points"][name]]
     slo = Slo(real["slo"]["ttft_s"], real["slo"]["tpot_s"])
-    if start == Device():
-        start = _START
 
     def error(device: Device) -> float:
         total = 0.0

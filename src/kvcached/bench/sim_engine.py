@@ -67,6 +67,7 @@ class Engine:
         self._shape, self._device, self._memory, self._index = shape, device, memory, index
         self._next = 0
         self._waiting: deque[Request] = deque()
+        self._late: list[Request] = []  # came when the next step was scheduled already
         self._prefilling: deque[Request] = deque()
         self._decoding: list[Request] = []  # in the order in which they began
         self._ends: list[tuple[int, int, Request]] = []
@@ -86,23 +87,29 @@ class Engine:
             self._next += 1
             if self._bytes(request.prompt + request.output, 1) > self._memory.most(self._index):
                 request.failed = True
+            elif self._decoding or self._prefilling:
+                self._late.append(request)
             else:
                 self._waiting.append(request)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._prefilling or self._decoding)
+        return bool(self._waiting or self._late or self._prefilling or self._decoding)
 
     @property
     def oldest_s(self) -> float:
         """When the first of the requests that wait arrived."""
-        return self._waiting[0].at_s
+        return (self._waiting or self._late)[0].at_s
 
     def work(self, now: float, most_steps: int, soon_s: float | None = None) -> float:
         """Up to so many steps, and no longer than until ``soon_s``, when the next request arrives;
         returns how long they take, 0 where memory is missing for any.
         """
+        if not self._decoding and not self._prefilling:
+            self._look()
         self._admit()
+        if self._late:  # they join the step after this one
+            most_steps = 1
         if soon_s is not None and most_steps > 1 and self._decoding:
             one_s = self._shape.step_s(self._device, self._context, 0, len(self._decoding))
             most_steps = max(1, min(most_steps, math.ceil((soon_s - now) / one_s)))
@@ -117,9 +124,15 @@ class Engine:
         self._steps += steps
         self._context += steps * batch
         self._held += steps * batch
+        self._look()
         self._computed(chunk, now + took)
         self._finish(now + took)
         return took
+
+    def _look(self) -> None:
+        """Sees what came since the step before was scheduled: engines schedule a step ahead."""
+        self._waiting += self._late
+        self._late.clear()
 
     def _admit(self) -> None:
         while self._waiting and not self._memory.closed(self._index):
