@@ -118,14 +118,6 @@ void Blocks::file_partial(int32_t page, int32_t bucket) {
   bucket_[page] = static_cast<int8_t>(bucket);
 }
 
-// The page to take blocks from when `count` are wanted. Whole pages' worth of them has pages of its
-// own, which come free with them; the rest goes where it fits. At least one block is free.
-int32_t Blocks::page_for(int64_t count) const {
-  int32_t page = count >= blocks_per_page_ ? vacant_.first() : -1;
-  if (page < 0) page = partial_for(count);
-  return page < 0 ? vacant_.first() : page;
-}
-
 // The partly used page to fill when `count` blocks are wanted; -1 where there is none.
 int32_t Blocks::partial_for(int64_t count) const {
   if (partial_pages_ <= kFewPages) return partial_.first();
@@ -178,7 +170,8 @@ Status Blocks::alloc(int64_t count, int32_t* ids) {
                                     std::to_string(available()) + " available"};
   int64_t done = 0;
   while (done < count && free_ > 0) {
-    const int32_t page = page_for(count - done);
+    int32_t page = partial_for(count - done);
+    if (page < 0) page = vacant_.first();
     const bool was_idle = page_used_[page] == 0 && page_cached_[page] > 0;
     // Everything wanted from this page in one go: its bookkeeping is done once.
     int32_t id = free_head_[page];

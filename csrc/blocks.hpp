@@ -1,13 +1,12 @@
 // The block allocator: which blocks are free, cached or in use, and on which pages they lie.
 //
-// Every operation costs O(1) for each block that it moves, whatever the size of the pool. A whole
-// page's worth of blocks is handed out from an empty page, where there is one: they come together
-// and mostly go together. Otherwise partly used pages come before empty ones: the one that has
-// least room beyond what is wanted, or else the emptiest, so that whole pages come free and can be
-// unmapped. While few pages are partly used, and for want of another rule, low pages come first:
-// then little is lost, and pages do not come and go for it. A cached block is free for others, but
-// its contents still answer a prefix hit; cached blocks are evicted in the order in which they were
-// freed. Not thread-safe: one scheduler owns a pool.
+// Every operation costs O(1) for each block that it moves, whatever the size of the pool. Blocks
+// are handed out from partly used pages before empty ones: from the one that has least room beyond
+// what is wanted, or else from the emptiest, so that blocks which come together lie together and
+// whole pages come free and can be unmapped. While few pages are partly used, and for want of
+// another rule, low pages come first: then little is lost, and pages do not come and go for it. A
+// cached block is free for others, but its contents still answer a prefix hit; cached blocks are
+// evicted in the order in which they were freed. Not thread-safe: one scheduler owns a pool.
 #pragma once
 
 #include <algorithm>
@@ -103,7 +102,6 @@ class Blocks {
   void file_page(int32_t page, bool was_idle);
   int32_t bucket_of(int32_t free) const;
   void file_partial(int32_t page, int32_t bucket);
-  int32_t page_for(int64_t count) const;
   int32_t partial_for(int64_t count) const;
   void drop_page(int32_t page);
 
