@@ -148,7 +148,7 @@ def test_an_engine_that_is_stopped_or_killed_is_its_own_affair(
         wait_until(lambda: len(b.answers) >= seen + 20, 60, "b answers when a is dead")
     assert b.failures() == [] and b.wrong(plain) == [] and a.wrong(plain) == []
     for said in a.failures():
-        assert "engine" in said, said
+        assert "engine" in said.lower(), said  # the router of it, or vLLM of its "EngineCore"
     for line in router.router.gate.lines.values():
         assert (line.running, len(line.waiting)) == (0, 0)
 
