@@ -29,13 +29,6 @@ pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can make nam
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KVCACHED_DIR", str(tmp_path / "ledger"))
-    monkeypatch.delenv("KVCACHED_DEVICE", raising=False)
-    return tmp_path / "ledger"
-
-
-@pytest.fixture
 def ledger(folder: Path) -> Iterator[Ledger]:
     with Ledger.open(folder, DEVICE, CAPACITY) as opened:
         yield opened
