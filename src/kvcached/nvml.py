@@ -6,6 +6,7 @@ The library (``libnvidia-ml.so.1``) belongs to the driver; it is opened at the f
 from __future__ import annotations
 
 import ctypes
+import os
 
 from kvcached.errors import UnavailableError
 
@@ -83,6 +84,26 @@ def uuid_of(index: int) -> str:
     uuid = ctypes.create_string_buffer(96)
     _check(library, library.nvmlDeviceGetUUID(handle, uuid, len(uuid)), what)
     return uuid.value.decode()
+
+
+def visible_uuid(ordinal: int) -> str:
+    """The UUID of the GPU that CUDA counts as ``ordinal`` in this process: ``CUDA_VISIBLE_DEVICES``
+    chooses and orders them, by numbers (of the PCI bus) or by beginnings of UUIDs.
+
+    Raises UnavailableError as ``Gpu``, and for a GPU that this process does not see.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return uuid_of(ordinal)
+    names = [name.strip() for name in visible.split(",")]
+    if ordinal < len(names):
+        name = names[ordinal]
+        if name.isdecimal():
+            return uuid_of(int(name))
+        found = [uuid for uuid in uuids() if name and uuid.startswith(name)]
+        if len(found) == 1:
+            return found[0]
+    raise UnavailableError(f"GPU {ordinal} of CUDA_VISIBLE_DEVICES={visible}: no such GPU")
 
 
 def _open() -> ctypes.CDLL:

@@ -91,3 +91,24 @@ def test_processes_and_what_they_hold(library: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(nvml, "_LIBRARY", str(library))
     assert nvml.Gpu("GPU-0a").processes() == {12: 5 << 30, 13: 0}
     assert nvml.uuids() == []
+
+
+def test_which_gpu_a_process_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_bus = ["GPU-0a1", "GPU-0b2", "GPU-0b3"]
+    monkeypatch.setattr(nvml, "uuids", lambda: of_bus)
+    monkeypatch.setattr(nvml, "uuid_of", lambda index: of_bus[index])
+
+    def seen(ordinal: int, visible: str | None) -> str:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        return nvml.visible_uuid(ordinal)
+
+    assert seen(1, None) == "GPU-0b2"
+    assert seen(0, "2") == "GPU-0b3"
+    assert seen(1, "2, 0") == "GPU-0a1"
+    assert seen(0, "GPU-0b3,GPU-0a1") == "GPU-0b3"
+    assert seen(0, "GPU-0a") == "GPU-0a1"
+    for visible, ordinal in (("", 0), ("1", 1), ("GPU-0b", 0), ("MIG-7", 0)):
+        with pytest.raises(UnavailableError, match=f"CUDA_VISIBLE_DEVICES={visible}: no such GPU"):
+            seen(ordinal, visible)

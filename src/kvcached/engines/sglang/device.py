@@ -30,7 +30,7 @@ def of(config: Config, arguments: Mapping[str, Any]) -> Device:
     def of_rank(_: int, chosen: str | None) -> Device:
         if kind_of(arguments) == "cpu":
             return devices.host(chosen, "the CPU")
-        return devices.gpu(nvml.uuid_of(ordinal(arguments)), chosen)
+        return devices.gpu(nvml.visible_uuid(ordinal(arguments)), chosen)
 
     (found,) = devices.arrange(config, 1, of_rank).by_rank
     return found
