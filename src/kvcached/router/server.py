@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kvcached.router.app import Router
 
@@ -23,7 +24,7 @@ def make_server(router: Router, host: str, port: int, drain_s: float) -> uvicorn
         host=host,
         port=port,
         loop="uvloop",
-        http="httptools",
+        http=HttpToolsProtocol,  # by its class: where it is missing, that is known at the import
         ws="none",
         lifespan="on",
         access_log=False,
