@@ -56,6 +56,22 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], words: str) -> 
         build.refuse_unsupported({**PLAIN, **changes}, ADAPTER)
 
 
+@pytest.mark.parametrize(
+    ("kind", "backend", "warns"),
+    [
+        ("cuda", "fa3", True),
+        ("cuda:1", "flashinfer", True),
+        ("cuda", "triton", False),
+        ("cpu", "torch_native", False),
+    ],
+)
+def test_an_attention_backend_that_was_not_run_is_said(
+    kind: str, backend: str, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    build.warn_of_untried({**PLAIN, "device": kind, "attention_backend": backend})
+    assert ([backend in record.message for record in caplog.records] == [True]) == warns
+
+
 def test_a_setting_that_has_gone_is_named() -> None:
     known = {name: value for name, value in PLAIN.items() if name != "disaggregation_mode"}
     with pytest.raises(EngineError, match="no settings disaggregation_mode"):

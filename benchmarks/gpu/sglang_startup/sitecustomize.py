@@ -34,17 +34,9 @@ def compute_natively() -> None:
     forward.clamp_position = forward._clamp_position_native
 
 
-def allow_gpus() -> None:
-    """kvcached refuses SGLang on GPUs until it was seen to work: that is what is tried here."""
-    module("sglang.srt.managers.scheduler")  # with it kvcached takes hold, and loads its adapter
-    module("kvcached.engines.sglang.v0_5_15").PLATFORMS = ("cpu", "cuda")
-
-
 def start() -> None:
     module("sglang_stand_ins").stand_in(*STAND_INS)
     compute_natively()
-    if os.environ.get("ENABLE_KVCACHED"):
-        allow_gpus()
 
 
 if os.environ.get("SGLANG_WITHOUT_KERNELS"):

@@ -6,6 +6,7 @@ whose it is. What is known is kept here while that constructor runs.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -27,6 +28,8 @@ from kvcached.ledger import Ledger
 if TYPE_CHECKING:
     from kvcached.engines.sglang.buffers import KvMemory
 
+logger = logging.getLogger(__name__)
+
 _current: ContextVar[Build | None] = ContextVar("kvcached_sglang_build", default=None)
 
 # Settings of SGLang that an adapter must be able to name.
@@ -34,6 +37,9 @@ _KNOWN = (
     *("tp_size", "pp_size", "dp_size", "nnodes", "device", "page_size", "attention_backend"),
     *("served_model_name", "speculative_algorithm", "disaggregation_mode", "enable_memory_saver"),
 )
+
+_SEEN_ON_GPU = frozenset({"triton"})
+"""Attention backends that gave right outputs on a GPU."""
 
 
 @dataclass(slots=True)
@@ -74,6 +80,7 @@ def building(config: Config, arguments: Mapping[str, Any], adapter: Any) -> Iter
     Raises EngineError where it cannot be elastic.
     """
     refuse_unsupported(arguments, adapter)
+    warn_of_untried(arguments)
     place = device.of(config, arguments)
     build = Build(
         config,
@@ -130,3 +137,15 @@ def refuse_unsupported(arguments: Mapping[str, Any], adapter: Any) -> None:
     }.items():
         if wrong:
             raise EngineError(f"kvcached does not support {what} of SGLang yet. {OFF}")
+
+
+def warn_of_untried(arguments: Mapping[str, Any]) -> None:
+    """Says in the log that an attention backend was not seen with kvcached on a GPU."""
+    backend = arguments["attention_backend"]
+    if device.kind_of(arguments) != "cpu" and backend not in _SEEN_ON_GPU:
+        logger.warning(
+            "kvcached: SGLang's attention backend %s has not been run with kvcached on a GPU (%s "
+            "has): compare its first answers with those of an engine without kvcached",
+            backend,
+            ", ".join(sorted(_SEEN_ON_GPU)),
+        )

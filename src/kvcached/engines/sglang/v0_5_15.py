@@ -18,7 +18,7 @@ from kvcached.engines.sglang.parts import TOGETHER
 
 __all__ = ["EXPECTS", "PLATFORMS", "TOGETHER", "Cache", "arguments", "seams"]
 
-PLATFORMS = ("cpu",)
+PLATFORMS = ("cpu", "cuda")
 _MIXIN = "sglang.srt.model_executor.model_runner_kv_cache_mixin:ModelRunnerKVCacheMixin"
 EXPECTS = {
     **expects.V0_5_15,
