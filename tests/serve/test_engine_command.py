@@ -58,6 +58,9 @@ def test_the_engines_sleep_modes_are_switched_on_where_they_are_used() -> None:
     assert "--enable-sleep-mode" in made.arguments
     assert made.environment["VLLM_SERVER_DEV_MODE"] == "1"
     made = command({"name": "a", "engine": "sglang", **sleep}, memory=gpu)
+    assert "--enable-memory-saver" not in made.arguments
+    sleep = {"sleep": {"after_s": 60, "how": "engine-1"}}
+    made = command({"name": "a", "engine": "sglang", **sleep}, memory=gpu)
     assert "--enable-memory-saver" in made.arguments
     for how in ("kv", "stop"):
         made = command({"name": "a", "sleep": {"after_s": 60, "how": how}}, memory=gpu)
@@ -105,12 +108,28 @@ def test_options() -> None:
         ({"after_s": 5}, True, "engine-1"),
         ({"after_s": 5}, False, "stop"),
         ({"after_s": 5, "how": "kv"}, True, "kv"),
+        ({"after_s": 5, "how": "engine-1"}, True, "engine-1"),
         ({"after_s": 5, "keep_alive": True}, True, "never"),
     ],
 )
 def test_how_a_model_sleeps(sleep: dict[str, Any], gpu: bool, expected: str) -> None:
     made = settings({"name": "a", "sleep": sleep})
     assert how_it_sleeps(made, made.models[0], gpu) == expected
+
+
+@pytest.mark.parametrize("elastic", [True, False])
+def test_sglangs_own_sleep_is_for_engines_without_kvcached(elastic: bool) -> None:
+    made = settings(
+        {
+            "name": "a",
+            "engine": "sglang",
+            "sleep": {"after_s": 9, "how": "engine-1"},
+            "environment": {"ENABLE_KVCACHED": elastic},
+        },
+        memory={"device": "GPU-11111111-2222-3333-4444-555555555555"},
+    )
+    found = [text for _, text in misfits(made, {})]
+    assert ["memory saver" in text for text in found] == [True] * elastic
 
 
 def test_with_fewer_places_than_models_all_must_be_able_to_sleep() -> None:

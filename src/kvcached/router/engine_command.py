@@ -139,7 +139,8 @@ def how_it_sleeps(settings: ServeSettings, model: ModelSettings, gpu: bool) -> s
     if model.sleep.keep_alive or not wanted:
         return "never"
     if model.sleep.how == "auto":
-        return "engine-1" if gpu else "stop"
+        # SGLang's own sleep needs its memory saver, which an elastic engine cannot have.
+        return "engine-1" if gpu and model.engine == "vllm" else "stop"
     return model.sleep.how
 
 
@@ -180,8 +181,16 @@ def _misfits_of(
         if variable in model.environment:
             yield ("environment", variable), notice
     gpu = elsewhere or on_gpu(environment)
-    if how_it_sleeps(settings, model, gpu).startswith("engine") and not gpu:
-        yield ("sleep", "how"), f"{model.sleep.how} needs a GPU; without one expected kv or stop"
+    if how_it_sleeps(settings, model, gpu).startswith("engine"):
+        if not gpu:
+            text = f"{model.sleep.how} needs a GPU; without one expected kv or stop"
+            yield ("sleep", "how"), text
+        elif model.engine == "sglang" and config.enabled:
+            text = (
+                f"{model.sleep.how} needs SGLang's memory saver, which kvcached refuses; expected "
+                "kv or stop (or ENABLE_KVCACHED: false in the model's environment)"
+            )
+            yield ("sleep", "how"), text
 
 
 def _wrong_arguments(model: ModelSettings) -> Iterator[tuple[Where, str]]:

@@ -71,7 +71,7 @@ class SleepSettings(_Settings):
     how: Literal["auto", "kv", "engine-1", "engine-2", "stop"] = "auto"
     """`kv`: it keeps its weights. `engine-1`: the engine's sleep mode, weights go to the host's
     memory (SGLang: release of memory). `engine-2`: vLLM's level 2, weights are read anew. `stop`:
-    its processes end. `auto`: `engine-1` on a GPU, `stop` without one."""
+    its processes end. `auto`: `engine-1` for vLLM on a GPU, else `stop`."""
     keep_alive: bool = False
     """Pins it: it stays awake and keeps its cached prefixes until others want their memory."""
 
