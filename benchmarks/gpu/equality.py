@@ -107,16 +107,15 @@ def cases(
             yield case(named("hnd", kv_order="HND"), control="all")
         if "flashinfer" in names:
             yield case(named("flashinfer", backend="FLASHINFER"), control="all")
-        if "flashinfer-block" in names:
-            yield case(
-                named("flashinfer-block", backend="FLASHINFER"), control="all", layout="block"
-            )
+        if "flashinfer-layer" in names:
+            apart = named("flashinfer-layer", backend="FLASHINFER")
+            yield case(apart, control="all", layout="layer")
         if "flashinfer-wide" in names:
             wide = named("flashinfer-wide", backend="FLASHINFER", block_tokens=64)
-            yield case(wide, control="all", layout="block")
+            yield case(wide, control="all")
         if "flashinfer-zero" in names:
             zero = named("flashinfer-zero", backend="FLASHINFER")
-            yield case(zero, control="all", layout="block", zero_holes=True)
+            yield case(zero, control="all", zero_holes=True)
         if "ngram" in names and runner == runners[-1]:  # only the V1 runner has this drafter
             lookup = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
             drafter = {"method": "ngram", "num_speculative_tokens": 4, **lookup}
@@ -174,8 +173,7 @@ def judge(case: Case, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         problems.append("one schedules asynchronously, the other does not")
     if not arena.get("unmaps"):
         problems.append("no page was ever given back")
-    tried = case.elastic.layout == "block" or case.elastic.backend != "FLASHINFER"
-    apart = case.elastic.layout == "layer" or case.elastic.kv_order == "HND" or not tried
+    apart = case.elastic.layout == "layer" or case.elastic.kv_order == "HND"
     if (elastic["facts"]["regions"] > CUDA_LIMITS.max_runs) != apart:  # groups of layers are few
         problems.append(f"its KV cache lies in {elastic['facts']['regions']} regions")
     if bool(elastic["facts"]["zero_bytes"]) != case.elastic.zero_holes:
@@ -258,7 +256,7 @@ def main() -> int:
         "--cases",
         default="base,prefix",
         help="of base, prefix, sync, triton, preempt, core, fence, compiled, zero, layer, fp8, "
-        "sliding, hnd, flashinfer, flashinfer-block, flashinfer-wide, flashinfer-zero, ngram",
+        "sliding, hnd, flashinfer, flashinfer-layer, flashinfer-wide, flashinfer-zero, ngram",
     )
     parser.add_argument("--at-a-time", type=int, default=4, help="engines at a time")
     parser.add_argument("--limit", type=float, default=420.0, help="seconds in all")

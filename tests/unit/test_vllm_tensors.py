@@ -201,6 +201,8 @@ class Backend:
     [
         ("FLASH_ATTN", (0, 1, 2, 3, 4), None),
         ("TRITON_ATTN", (0, 1, 2, 3, 4), None),
+        ("FLASHINFER", (0, 1, 2, 3, 4), None),
+        ("FLASHINFER", (0, 1, 3, 2, 4), "HND"),
         ("CPU_ATTN", None, None),
         ("FLASH_ATTN", (0, 1, 3, 2, 4), "HND"),
     ],

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvcached.errors import EngineError
 
-BACKENDS = frozenset({"CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"})
+BACKENDS = frozenset({"CPU_ATTN", "FLASHINFER", "FLASH_ATTN", "TRITON_ATTN"})
 """Attention backends that were seen to give right outputs with block-outermost strides."""
 
 _BLOCKS = 1_000_003  # a number that no other dimension has
