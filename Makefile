@@ -68,7 +68,7 @@ matrix-sglang: build  ## all tests of SGLang with each version, in .venv-sglang-
 
 chaos: build  ## every kill and stop of every process, ten times each (long)
 	@echo "== chaos: kills and stops"
-	@$(PYTHON) -m pytest -m "slow" tests/engines $(TEST_ARGS)
+	@$(PYTHON) -m pytest -s -m "slow" tests/engines $(TEST_ARGS)
 
 soak:  ## the simulation, seed after seed, for SECONDS=600; SEED=1, BACKEND=host (or cuda)
 	@echo "== soak: $(SECONDS) s of simulation, backend $(BACKEND), from seed $(SEED)"
