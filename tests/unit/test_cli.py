@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,27 @@ def test_bench_help_has_examples() -> None:
         done = _run("bench", command, "--help")
         assert done.returncode == 0
         assert "Examples" in done.stdout and f"kvcached bench {command}" in done.stdout
+
+
+def test_what_a_command_started_ends_with_it_when_it_is_terminated() -> None:
+    program = """
+import time
+from kvcached.cli.edge import run
+
+def command():
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        print("engines ended", flush=True)
+
+run("kvcached", command)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.terminate()
+    said, _ = process.communicate(timeout=30)
+    assert (process.returncode, said) == (128 + signal.SIGTERM, "engines ended\n")
 
 
 def test_a_wrong_size_is_one_line() -> None:

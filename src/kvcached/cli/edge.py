@@ -6,8 +6,10 @@ It imports nothing but our exceptions: a command that answers in milliseconds st
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvcached.errors import ConfigError, InvalidArgumentError, KvcachedError
@@ -23,10 +25,12 @@ INTERRUPTED = 130
 
 
 def run(name: str, command: Callable[[], int]) -> NoReturn:
-    """Runs a command and ends the process with what it returns.
+    """Runs a command and ends the process with what it returns. Call it in the main thread.
 
-    Ends with 2 where what was said is not allowed, 1 for other errors.
+    Ends with 2 where what was said is not allowed, 1 for other errors. SIGTERM unwinds it as Ctrl-C
+    does: the engines that a command has started end with it.
     """
+    signal.signal(signal.SIGTERM, _end)
     try:
         code = command()
         sys.stdout.flush()
@@ -43,6 +47,10 @@ def run(name: str, command: Callable[[], int]) -> NoReturn:
         complain(name, error)
         code = FAILED
     raise SystemExit(code)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def run_app(app: typer.Typer, name: str) -> NoReturn:
