@@ -12,13 +12,10 @@ and ``stop`` (the process ends and starts). Every answer must be that model's fi
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,12 +26,14 @@ import fleet
 import httpx
 import yaml
 
+from kvcached import nvml
+from kvcached.bench.serve import service
+
 HOW = ("engine-1", "engine-2", "stop")
 NAMES = ("a", "b")
 PROMPTS = [[(7 * i + 13 * j) % 4000 + 10 for j in range(200)] for i in range(8)]
 TOKENS = 32
 ANSWER_LIMIT_S = 300.0
-END_LIMIT_S = 60.0
 
 
 def make_checkpoint(folder: Path, shape: str, seed: int) -> str:
@@ -92,8 +91,7 @@ def python_with_vllm(out: Path) -> str:
     return str(folder / "python")
 
 
-@contextlib.contextmanager
-def serving(out: Path, how: str, models: dict[str, str], device: str | None) -> Iterator[str]:
+def settings_file(out: Path, how: str, models: dict[str, str], device: str | None) -> Path:
     arguments: dict[str, Any] = {
         "skip-tokenizer-init": True,
         "dtype": "bfloat16",
@@ -129,26 +127,7 @@ def serving(out: Path, how: str, models: dict[str, str], device: str | None) -> 
     }
     path = out / f"{how}.yaml"
     path.write_text(yaml.safe_dump(settings))
-    with (out / f"{how}.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "kvcached.cli.main", "serve", str(path), "--json"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the service did not start: see {how}.log")
-        yield json.loads(line)["url"]
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(END_LIMIT_S)
-        process.kill()
-        process.wait()
+    return path
 
 
 def ask(client: httpx.Client, name: str, prompt: list[int], tokens: int) -> tuple[float, list[int]]:
@@ -174,9 +153,9 @@ def used_gib(device: str | None) -> float:
     """What is in use on the GPU, by anybody."""
     if device is not None:
         return 0.0
-    from kvcached import nvml
-
-    return nvml.Gpu(nvml.visible_uuid(0)).memory()[0] / (1 << 30)
+    return nvml.Gpu(nvml.visible_uuid(0, os.environ.get("CUDA_VISIBLE_DEVICES"))).memory()[0] / (
+        1 << 30
+    )
 
 
 def play(url: str, switches: int, device: str | None) -> dict[str, Any]:
@@ -221,7 +200,8 @@ def main() -> int:
     fleet.say("checkpoints made")
     results = {}
     for how in options.how.split(","):
-        with serving(out, how, models, options.device) as url:
+        path = settings_file(out, how, models, options.device)
+        with service(path, out / f"{how}.log") as url:
             results[how] = play(url, options.switches, options.device)
         (out / "serving.json").write_text(json.dumps(results, indent=1))
     print(f"{'sleep':10} {'start':>8} {'turn':>8} {'awake':>8} {'in use':>9}  starts, wrong turns")

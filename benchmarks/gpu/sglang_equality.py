@@ -132,7 +132,7 @@ def facts() -> dict[str, int]:
     from kvcached.config import Config
     from kvcached.ledger import Ledger
 
-    device = nvml.visible_uuid(0)
+    device = nvml.visible_uuid(0, os.environ.get("CUDA_VISIBLE_DEVICES"))
     with Ledger.open(Config.from_env().directory, device, create=False, read_only=True) as ledger:
         snapshot = ledger.snapshot()
         (account,) = snapshot.accounts

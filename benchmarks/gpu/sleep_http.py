@@ -72,7 +72,7 @@ def start(model: str, out: Path, runner: str) -> subprocess.Popen[bytes]:
 
 
 async def play(server: subprocess.Popen[bytes]) -> dict[str, Any]:
-    gpu = nvml.Gpu(nvml.visible_uuid(0))
+    gpu = nvml.Gpu(nvml.visible_uuid(0, os.environ.get("CUDA_VISIBLE_DEVICES")))
     told: dict[str, Any] = {}
     async with httpx.AsyncClient(timeout=120.0) as client:
         told["start_s"] = await healthy(client, server)

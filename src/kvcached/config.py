@@ -298,7 +298,7 @@ def is_device(name: str) -> bool:
 
 
 def variable_of_an_engine(name: str) -> str | None:
-    """What a variable that belongs to an engine says, such as ``VLLM_PLUGINS``; for tools."""
+    """What a variable says that belongs to an engine or to CUDA, such as ``VLLM_PLUGINS``."""
     return os.environ.get(name)
 
 

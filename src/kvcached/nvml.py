@@ -6,7 +6,6 @@ The library (``libnvidia-ml.so.1``) belongs to the driver; it is opened at the f
 from __future__ import annotations
 
 import ctypes
-import os
 
 from kvcached.errors import UnavailableError
 
@@ -86,13 +85,12 @@ def uuid_of(index: int) -> str:
     return uuid.value.decode()
 
 
-def visible_uuid(ordinal: int) -> str:
-    """The UUID of the GPU that CUDA counts as ``ordinal`` in this process: ``CUDA_VISIBLE_DEVICES``
-    chooses and orders them, by numbers (of the PCI bus) or by beginnings of UUIDs.
+def visible_uuid(ordinal: int, visible: str | None) -> str:
+    """The UUID of the GPU that CUDA counts as ``ordinal`` where ``CUDA_VISIBLE_DEVICES`` is
+    ``visible``: it chooses and orders them, by numbers (of the PCI bus) or by beginnings of UUIDs.
 
-    Raises UnavailableError as ``Gpu``, and for a GPU that this process does not see.
+    Raises UnavailableError as ``Gpu``, and for a GPU that is not visible.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return uuid_of(ordinal)
     names = [name.strip() for name in visible.split(",")]

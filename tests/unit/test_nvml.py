@@ -98,12 +98,7 @@ def test_which_gpu_a_process_means(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvml, "uuids", lambda: of_bus)
     monkeypatch.setattr(nvml, "uuid_of", lambda index: of_bus[index])
 
-    def seen(ordinal: int, visible: str | None) -> str:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        if visible is not None:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        return nvml.visible_uuid(ordinal)
-
+    seen = nvml.visible_uuid
     assert seen(1, None) == "GPU-0b2"
     assert seen(0, "2") == "GPU-0b3"
     assert seen(1, "2, 0") == "GPU-0a1"

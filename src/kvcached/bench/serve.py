@@ -228,10 +228,18 @@ def _serving(plan: Plan, name: str, settings: dict[str, Any]) -> Iterator[_Servi
     data = {"listen": "127.0.0.1:0", "memory": memory, "environment": dict(ENGINE_ENVIRONMENT)}
     path = plan.folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({**data, **settings}))
-    output = plan.folder / f"{name}.log"
+    with service(path, plan.folder / f"{name}.log") as url:
+        yield _Service(url, ledger)
+
+
+@contextlib.contextmanager
+def service(file: Path, output: Path) -> Iterator[str]:
+    """`kvcached serve` with this file runs while the block does; yields its address. What it prints
+    goes to ``output``. Raises ServeBenchError where it does not start.
+    """
     with output.open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "kvcached.cli.main", "serve", str(path), "--json"],
+            [sys.executable, "-m", "kvcached.cli.main", "serve", str(file), "--json"],
             env=child_environment({}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -243,7 +251,7 @@ def _serving(plan: Plan, name: str, settings: dict[str, Any]) -> Iterator[_Servi
         line = process.stdout.readline()
         if not line:
             raise ServeBenchError(f"the service did not start: {output.read_text()[-2000:]}")
-        yield _Service(json.loads(line)["url"], ledger)
+        yield json.loads(line)["url"]
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvcached import nvml
-from kvcached.config import Config
+from kvcached.config import Config, variable_of_an_engine
 from kvcached.engines import devices
 from kvcached.engines.devices import Device
 
@@ -30,7 +30,8 @@ def of(config: Config, arguments: Mapping[str, Any]) -> Device:
     def of_rank(_: int, chosen: str | None) -> Device:
         if kind_of(arguments) == "cpu":
             return devices.host(chosen, "the CPU")
-        return devices.gpu(nvml.visible_uuid(ordinal(arguments)), chosen)
+        visible = variable_of_an_engine("CUDA_VISIBLE_DEVICES")
+        return devices.gpu(nvml.visible_uuid(ordinal(arguments), visible), chosen)
 
     (found,) = devices.arrange(config, 1, of_rank).by_rank
     return found
