@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from types import FrameType
 
 from rich.console import Console
 
@@ -29,8 +25,8 @@ from kvcached.units import format_size
 def run_demo(options: Options, console: Console) -> dict[str, object]:
     """Runs everything and returns the report, which is also on disk.
 
-    Call from the main thread. Raises KvcachedError when an engine or a model cannot be had; an
-    outcome that is not good is in the report under "failures".
+    Raises KvcachedError when an engine or a model cannot be had; an outcome that is not good is in
+    the report under "failures".
     """
     started_s = time.monotonic()
     screen = Screen(console)
@@ -42,8 +38,7 @@ def run_demo(options: Options, console: Console) -> dict[str, object]:
         f"{options.shape.total} requests from a slice of the Azure conversation trace, lengths "
         f"scaled down; budget {format_size(options.budget_bytes)}"
     )
-    with _terminated_as_interrupt():
-        outcome = _run_sessions(options, models, screen, started_s)
+    outcome = _run_sessions(options, models, screen, started_s)
     report = build_report(outcome)
     write_report(report, options.out / "report.json")
     names = {name: model.name for name, model in models.items()}
@@ -93,17 +88,3 @@ def _run_sessions(
     )
     elapsed_s = time.monotonic() - started_s
     return Outcome(options, models, elastic, static, reference, verdicts[0], elapsed_s)
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that no engine outlives the demo."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
