@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kvcached.bench.reclaim import KINDS as NEIGHBOURS
+
 COLOURS = {
     "elastic": "#3f8f6b",
     "even": "#b3261e",
@@ -147,13 +149,14 @@ def scale(result: dict[str, Any], path: Path) -> None:
 def reclaim(result: dict[str, Any], path: Path) -> None:
     """From the demand to the lease, with the neighbour at rest and at work; real engines."""
     with _axes(path) as axes:
-        for place, kind in enumerate(("idle", "busy")):
+        kinds = {kind: words for kind, words in NEIGHBOURS.items() if kind in result}
+        for place, kind in enumerate(kinds):
             spread = result[kind]["demand_to_lease_ms"]
             for key, width in (("max", 0.3), ("p99", 0.5), ("p50", 0.7)):
                 label = key if place == 0 else None
                 colour = KINDS[("p50", "p99", "max").index(key)]
                 axes.bar(place, spread[key], width, color=colour, label=label)
-        axes.set_xticks([0, 1], ["neighbour at rest", "at work"])
+        axes.set_xticks(range(len(kinds)), [f"neighbour {words}" for words in kinds.values()])
         axes.set_ylabel("from the demand to the lease, ms")
         axes.legend(frameon=False)
 

@@ -4,6 +4,10 @@ Real vLLM engines share one device. The first fills all of it with cached prefix
 keeps working, and then one of the others gets a request that needs more than is free. Two times are
 taken: from the demand to the lease, by the engine itself (``AccountSnapshot.waits``), and the time
 to the first token, beside that of the same request on an empty device in the same round.
+
+A neighbour at work evicts between two of its steps, so beside the first time stands the step of its
+that was running when memory was demanded, as its client sees it: from one token to the next. And
+beside all of it the kernel's own time for the same memory: its bare calls, in a loop.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ import random
 import statistics
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvcached.bench.vmm import open_backend
 from kvcached.demo.load import Result, Target, play
 from kvcached.demo.models import Model, describe, make_models
 from kvcached.demo.servers import EngineProcess, EngineSpec, running
@@ -27,7 +33,11 @@ from kvcached.demo.trace import Request
 from kvcached.errors import KvcachedError
 from kvcached.ledger import Ledger
 from kvcached.snapshot import AccountSnapshot
+from kvcached.units import ceil_div
+from kvcached.vmm_ops import time_bare_pages
 
+KINDS = {"idle": "at rest", "busy": "at work"}
+"""What the neighbour does meanwhile, in words."""
 BLOCK_TOKENS = 32
 PROMPT_TOKENS = 1900
 MAX_MODEL_TOKENS = 2048
@@ -37,6 +47,11 @@ FULL = 0.95
 """Of the device, held by the first engine before each measured request."""
 REST_S = 0.7
 """Longer than an engine counts as working after its last request."""
+BUSY_S = (0.2, 2.5)
+"""How long the neighbour has worked when memory is demanded, drawn between these: it computes its
+prompt then, or generates.
+"""
+BARE_PAGES = 50
 BUSY_CLIENTS = 1
 BUSY_PROMPT_TOKENS = 1100
 """More than a page: what is in use shows that the neighbour works."""
@@ -55,17 +70,28 @@ class Figures:
     ttft_ms: list[float] = field(default_factory=list)
     alone_ms: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
+    """The neighbour's step in which each demand fell; none if it rested."""
+    past_ms: list[float] = field(default_factory=list)
+    """From the end of that step to the lease; negative where memory was there before."""
 
     def summary(self) -> dict[str, Any]:
         """Percentiles; of the first tokens, also the median of each round's ratio."""
         ratios = [a / b for a, b in zip(self.ttft_ms, self.alone_ms, strict=True)]
+        steps: dict[str, Any] = {}
+        if self.step_ms:
+            over = [wait / step for wait, step in zip(self.waits_ms, self.step_ms, strict=True)]
+            steps = {
+                "neighbour_step_ms": spread(self.step_ms),
+                "lease_over_step": spread(over),
+                "lease_past_step_ms": spread(self.past_ms),
+            }
         return {
             "rounds": len(self.waits_ms),
             "demand_to_lease_ms": spread(self.waits_ms),
             "ttft_ms": spread(self.ttft_ms),
             "ttft_alone_ms": spread(self.alone_ms),
             "ttft_ratio": round(statistics.median(ratios), 3),
-            **({"neighbour_step_ms": spread(self.step_ms)} if self.step_ms else {}),
+            **steps,
         }
 
 
@@ -80,19 +106,62 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def step_around(results: Sequence[Result], moment_s: float) -> tuple[float, float]:
+    """The step of an engine that ran at a moment, by what its one client saw: since when, and
+    until when. Raises ReclaimBenchError if the engine did nothing then.
+    """
+    ends = sorted(end for each in results for end in (each.sent_s, *each.arrivals_s))
+    at = bisect_right(ends, moment_s)
+    if not 0 < at < len(ends):
+        raise ReclaimBenchError("the neighbour did not work when memory was demanded")
+    return ends[at - 1], ends[at]
+
+
+class DemandWatch:
+    """Notes when memory is first demanded of the device, from ``with`` to its end."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._core = ledger.core
+        self._seen = self._core.pressure_seq
+        self._found_s: float | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> DemandWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def demanded_s(self) -> float:
+        """When, on the monotonic clock. Raises ReclaimBenchError if it was not."""
+        if self._found_s is None:
+            raise ReclaimBenchError("no engine demanded memory")
+        return self._found_s
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            if self._core.wait_pressure(self._seen, 0.1) != self._seen:
+                self._found_s = time.monotonic()
+                return
+
+
 def run(
     out: Path,
     *,
     instances: int = 2,
     rounds: int = 50,
+    kinds: Sequence[str] = tuple(KINDS),
     budget_bytes: int = 0,
     model: Path | None = None,
     seed: int = 1,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Starts the engines and plays ``rounds`` rounds with the neighbour at rest and as many with
-    it at work. ``model`` is a folder; the demo's small one is made if it is None. A budget of 0 is
-    room for eight requests. Blocks; needs vLLM. Raises KvcachedError.
+    """Starts the engines and plays ``rounds`` rounds of each kind: with the neighbour at rest
+    (``idle``) and at work (``busy``). ``model`` is a folder; the demo's small one is made if it is
+    None. A budget of 0 is room for eight requests. Blocks; needs vLLM. Raises KvcachedError.
     """
     out.mkdir(parents=True, exist_ok=True)
     chosen = describe(model.name, model) if model else make_models(out.parent / "models")[1]
@@ -105,25 +174,27 @@ def run(
             bench = Bench(engines, ledger, chosen, random.Random(seed))
             for other in engines[1:]:
                 bench.alone(other)  # what is made at the first use must not count
-            idle, busy = Figures(), Figures()
-            for what, play_round, figures in (
-                ("at rest", bench.round_idle, idle),
-                ("at work", bench.round_busy, busy),
-            ):
+            seen = {kind: Figures() for kind in kinds}
+            for kind, figures in seen.items():
+                play_round = bench.round_idle if kind == "idle" else bench.round_busy
                 for number in range(rounds):
                     play_round(engines[1 + number % (instances - 1)], figures)
-                    say(_progress(what, figures, rounds))
-                say(f"neighbour {what}: {figures.summary()}")
-            high_water = ledger.snapshot().high_water
+                    say(_progress(KINDS[kind], figures, rounds))
+                say(f"neighbour {KINDS[kind]}: {figures.summary()}")
+            snapshot = ledger.snapshot()
+            page_bytes = snapshot.accounts[0].page_bytes
+    pages = ceil_div(PROMPT_TOKENS * chosen.token_bytes, page_bytes)
+    _, bare_us = time_bare_pages(open_backend("host"), page_bytes, BARE_PAGES, False)
     return {
         "instances": instances,
         "model": chosen.name,
         "budget_bytes": budget,
-        "high_water_bytes": high_water,
+        "high_water_bytes": snapshot.high_water,
+        "request_bytes": pages * page_bytes,
+        "bare_release_ms": round(pages * statistics.median(bare_us) / 1e3, 2),
         "cpus": os.cpu_count(),
         "seed": seed,
-        "idle": idle.summary(),
-        "busy": busy.summary(),
+        **{kind: figures.summary() for kind, figures in seen.items()},
     }
 
 
@@ -196,12 +267,14 @@ class Bench:
             alone_ms = self._ask(engine)
         engine.reset_prefix_cache()
         self._fill()
-        with self._busy() as results:
+        with self._busy() as results, DemandWatch(self._ledger) as watch:
             wait_ms, ttft_ms = self._measure(engine)
+        since_s, until_s = step_around(results, watch.demanded_s())
         figures.alone_ms.append(alone_ms)
         figures.waits_ms.append(wait_ms)
         figures.ttft_ms.append(ttft_ms)
-        figures.step_ms += [tpot for r in results if (tpot := r.tpot_ms) is not None]
+        figures.step_ms.append((until_s - since_s) * 1e3)
+        figures.past_ms.append((watch.demanded_s() - until_s) * 1e3 + wait_ms)
 
     def _measure(self, engine: EngineProcess) -> tuple[float, float]:
         """From the demand to the lease, and to the first token, in ms."""
@@ -238,7 +311,7 @@ class Bench:
             thread.start()
         try:
             self._wait(lambda: self._account(first).in_use > self._pages(), "the neighbour works")
-            time.sleep(0.2)
+            time.sleep(self._dice.uniform(*BUSY_S))
             yield results
         finally:
             over.set()

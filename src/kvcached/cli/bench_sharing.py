@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from kvcached.cli.options import JsonBesideProgress
 from kvcached.errors import ConfigError
-from kvcached.units import parse_size
+from kvcached.units import MIB, parse_size
 
 DEFAULT_POOLS = "0.8,1.6,3.2,6.4,12.8"
 
@@ -76,6 +76,10 @@ def _millions(text: str) -> int:
 def reclaim(
     instances: Annotated[int, typer.Option(min=2, max=8, help="Engines on the device.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Measured requests of each kind.")] = 50,
+    only: Annotated[
+        Literal["idle", "busy"] | None,
+        typer.Option(help="One kind: the neighbour rests, or works."),
+    ] = None,
     budget: Annotated[str, typer.Option(help="KV-cache memory that they share.")] = "",
     model: Annotated[
         Path | None, typer.Option(help="A model folder; the demo's small one if not given.")
@@ -90,18 +94,19 @@ def reclaim(
 
     Examples:
 
-      kvcached bench reclaim
+      kvcached bench reclaim --only idle
 
       kvcached bench reclaim --instances 4 --json | jq .idle.demand_to_lease_ms
     """
     from kvcached.bench import pictures
-    from kvcached.bench.reclaim import run
+    from kvcached.bench.reclaim import KINDS, run
 
     console = Console(stderr=as_json)
     result = run(
         out,
         instances=instances,
         rounds=rounds,
+        kinds=(only,) if only else tuple(KINDS),
         budget_bytes=parse_size(budget, "--budget") if budget else 0,
         model=model,
         seed=seed,
@@ -165,19 +170,34 @@ def _hits_table(result: dict[str, Any]) -> Table:
 
 
 def _reclaim_table(result: dict[str, Any]) -> Table:
+    from kvcached.bench.reclaim import KINDS
+
     table = Table(
         title=f"{result['instances']} engines, milliseconds (p50 / p99 / max)",
         title_justify="left",
     )
-    for heading in ("neighbour", "rounds", "demand to lease", "first token", "alone", "ratio"):
+    for heading in (
+        *("neighbour", "rounds", "demand to lease", "its step", "past its end"),
+        *("first token", "alone", "ratio"),
+    ):
         table.add_column(heading, justify="right" if heading != "neighbour" else "left")
-    for kind, words in (("idle", "at rest"), ("busy", "at work")):
+    for kind, words in KINDS.items():
+        if kind not in result:
+            continue
         figures = result[kind]
         spreads = [
-            " / ".join(f"{value:.1f}" for value in figures[key].values())
-            for key in ("demand_to_lease_ms", "ttft_ms", "ttft_alone_ms")
+            " / ".join(f"{value:.1f}" for value in figures.get(key, {}).values())
+            for key in (
+                *("demand_to_lease_ms", "neighbour_step_ms", "lease_past_step_ms"),
+                *("ttft_ms", "ttft_alone_ms"),
+            )
         ]
         table.add_row(words, str(figures["rounds"]), *spreads, f"{figures['ttft_ratio']:.3f}")
+    mib = result["request_bytes"] / MIB
+    table.caption = (
+        f"{mib:.1f} MiB a request, which the kernel's bare calls release in "
+        f"{result['bare_release_ms']:.1f} ms"
+    )
     return table
 
 

@@ -24,6 +24,8 @@ class Result:
     first_s: float | None = None
     last_s: float | None = None
     tokens: list[int] = field(default_factory=list)
+    arrivals_s: list[float] = field(default_factory=list)
+    """When tokens came: one or more at each."""
     error: str | None = None
 
     @property
@@ -122,6 +124,7 @@ def _take(result: Result, tokens: list[int], observe: Observer) -> None:
     if not tokens:
         return
     result.last_s = time.monotonic()
+    result.arrivals_s.append(result.last_s)
     result.tokens.extend(tokens)
     if result.first_s is None:
         result.first_s = result.last_s
