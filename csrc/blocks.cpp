@@ -3,12 +3,13 @@
 #include <string>
 
 namespace kvcached {
-
 namespace {
 
 constexpr int32_t kBuckets = 64;  // bits of a word
 // So many partly used pages lose so little that which of them is filled first does not matter.
 constexpr int32_t kFewPages = 8;
+// A page without room for this part of what is wanted is left to those who want less.
+constexpr int64_t kScrap = 5;
 
 }  // namespace
 
@@ -118,12 +119,15 @@ void Blocks::file_partial(int32_t page, int32_t bucket) {
   bucket_[page] = static_cast<int8_t>(bucket);
 }
 
-// The partly used page to fill when `count` blocks are wanted; -1 where there is none.
-int32_t Blocks::partial_for(int64_t count) const {
+// The page to fill when `count` blocks are wanted; -1 where none has a free one.
+int32_t Blocks::page_for(int64_t count) const {
+  if (partial_pages_ == 0) return vacant_.first();
   if (partial_pages_ <= kFewPages) return partial_.first();
-  const int32_t least = bucket_of(static_cast<int32_t>(std::min<int64_t>(count, blocks_per_page_)));
-  const uint64_t roomy = filled_ >> least << least;
-  return buckets_[roomy != 0 ? __builtin_ctzll(roomy) : 63 - __builtin_clzll(filled_)].first();
+  const auto wanted = static_cast<int32_t>(std::min<int64_t>(count, blocks_per_page_));
+  const uint64_t roomy = filled_ >> bucket_of(wanted) << bucket_of(wanted);
+  if (roomy != 0) return buckets_[__builtin_ctzll(roomy)].first();
+  const int32_t emptiest = buckets_[63 - __builtin_clzll(filled_)].first();
+  return empty_ > 0 && free_in_page(emptiest) * kScrap < wanted ? vacant_.first() : emptiest;
 }
 
 void Blocks::push_free(int32_t id) {
@@ -170,12 +174,10 @@ Status Blocks::alloc(int64_t count, int32_t* ids) {
                                     std::to_string(available()) + " available"};
   int64_t done = 0;
   while (done < count && free_ > 0) {
-    int32_t page = partial_for(count - done);
-    if (page < 0) page = vacant_.first();
+    const int32_t page = page_for(count - done);
     const bool was_idle = page_used_[page] == 0 && page_cached_[page] > 0;
     // Everything wanted from this page in one go: its bookkeeping is done once.
-    int32_t id = free_head_[page];
-    int32_t taken = 0;
+    int32_t id = free_head_[page], taken = 0;
     for (; id >= 0 && done < count; ++taken) {
       ids[done++] = id;
       state_[id] = kUsed;

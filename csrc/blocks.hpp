@@ -3,7 +3,8 @@
 // Every operation costs O(1) for each block that it moves, whatever the size of the pool. Blocks
 // are handed out from partly used pages before empty ones: from the one that has least room beyond
 // what is wanted, or else from the emptiest, so that blocks which come together lie together and
-// whole pages come free and can be unmapped. While few pages are partly used, and for want of
+// whole pages come free and can be unmapped; an empty page goes first only where the emptiest has
+// room for a small part of what is wanted. While few pages are partly used, and for want of
 // another rule, low pages come first: then little is lost, and pages do not come and go for it. A
 // cached block is free for others, but its contents still answer a prefix hit; cached blocks are
 // evicted in the order in which they were freed. Not thread-safe: one scheduler owns a pool.
@@ -102,7 +103,7 @@ class Blocks {
   void file_page(int32_t page, bool was_idle);
   int32_t bucket_of(int32_t free) const;
   void file_partial(int32_t page, int32_t bucket);
-  int32_t partial_for(int64_t count) const;
+  int32_t page_for(int64_t count) const;
   void drop_page(int32_t page);
 
   const int32_t num_blocks_;

@@ -100,6 +100,16 @@ def test_what_comes_together_lies_together() -> None:
     assert pages(blocks, 9) == [4] * 7 + [2] * 2, "the emptiest, and for the rest what fits closely"
 
 
+def test_scraps_are_left_to_who_wants_little() -> None:
+    rooms = [1, 2, 3, *[1] * 12]
+    blocks = holes(20, [*rooms, 20, 20])
+    assert blocks.empty_pages == 2
+    assert pages(blocks, 15) == [3] * 3 + [16] * 12, "room for a fifth of it is worth while"
+    assert pages(blocks, 16) == [16] * 16, "less is not, where there is an empty page"
+    assert pages(blocks, 42) == [16] * 20 + [17] * 20 + [2] * 2
+    assert pages(holes(20, rooms), 16)[:5] == [3, 3, 3, 2, 2], "without one they have to do"
+
+
 def test_few_holes_are_filled_from_the_lowest_page_on() -> None:
     blocks = holes(8, [3, 2, 5, 7, 3, 3, 6, 3])
     assert pages(blocks, 1) == [1]
