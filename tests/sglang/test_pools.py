@@ -205,6 +205,8 @@ def prefill_and_decode(both: Pair, prefix: list[int], total: list[int]) -> None:
             tails = new
 
 
+# Triton's interpreter, with the numpy that it can use.
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 def test_pages_of_slots_are_filled_as_sglang_fills_them(
     seams: dict[str, Any], tmp_path: Path
 ) -> None:
