@@ -54,9 +54,14 @@ class Standing:
     """Requests run on it: its cached blocks are its working set."""
 
     @property
+    def unused(self) -> int:
+        """What it can give back at once: warm pages first, then the cached ones."""
+        return self.cached + self.warm
+
+    @property
     def held(self) -> int:
         """What it has and keeps."""
-        return min(self.charge, self.in_use + self.cached + self.warm)
+        return min(self.charge, self.in_use + self.unused)
 
     @property
     def want(self) -> int:
@@ -165,9 +170,12 @@ def reclaim(
 
     Who is above its limit gives back in any case. Room is needed for every floor and for what is
     wanted in whole pages within fair shares; it comes from those above their fair shares, most
-    above first: everyone's warm pages, then cached blocks, then, as a debt, memory in use. Nobody
-    is taken below the last whole page of its share, or below its guarantee. At last those that
-    hold pages wholly beyond their shares give them to those that wait for one across theirs.
+    above first: what is unused, then, as a debt, memory in use. Nobody is taken below the last
+    whole page of its share, or below its guarantee. At last those that hold pages wholly beyond
+    their shares give them to those that wait for one across theirs.
+
+    So few give much: who has only its warm pages is not woken for them while another's cache is
+    enough. Waking costs more than a page is worth.
     """
     pairs = list(zip(standings, shares, strict=True))
     above = [each.above(max(each.within(share), each.floor)) for each, share in pairs]
@@ -185,7 +193,7 @@ def reclaim(
             for (each, share), parts in zip(pairs, taken, strict=True)
         ]
         _take(standings, taken, beyond, need + sum(edges.values()))
-    return [(warm + cached, in_use) for warm, cached, in_use in taken]
+    return [(unused, in_use) for unused, in_use in taken]
 
 
 def _edges_in_reach(
@@ -211,31 +219,27 @@ def _edges_in_reach(
 
 
 def _from_one(standing: Standing, size: int) -> list[int]:
-    """``size`` bytes of one account: of its warm pages, cached blocks and memory in use."""
-    parts = []
-    for there in (standing.warm, standing.cached, standing.in_use):
-        parts.append(min(there, size))
-        size -= parts[-1]
-    return parts
+    """``size`` bytes of one account: of its unused memory, and of that in use."""
+    unused = min(standing.unused, size)
+    return [unused, min(standing.in_use, size - unused)]
 
 
 def _take(
     standings: Sequence[Standing], taken: list[list[int]], most: Sequence[int], need: int
 ) -> None:
-    """Raises ``taken`` (by account: warm, cached, in use) until it adds up to ``need``.
+    """Raises ``taken`` (by account: unused, in use) until it adds up to ``need``.
 
     No account gives more than its ``most`` in all. Debts count only once no memory is left that
     comes back at once: what is owed above a limit saves nobody's cache today.
     """
     first = sorted(range(len(standings)), key=lambda i: (sum(taken[i]) - most[i], i))
-    for kind in range(3):
-        counted = 3 if kind == 2 else 2
-        missing = need - sum(sum(parts[:counted]) for parts in taken)
+    for kind in range(2):
+        missing = need - sum(sum(parts[: kind + 1]) for parts in taken)
         for i in first:
             if missing <= 0:
                 break
             each = standings[i]
-            there = (each.warm, each.cached, each.in_use)[kind] - taken[i][kind]
+            there = (each.unused, each.in_use)[kind] - taken[i][kind]
             there = each.within(max(0, min(there, most[i] - sum(taken[i]))))
             size = min(there, round_up(missing, each.page))
             taken[i][kind] += size

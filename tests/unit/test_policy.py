@@ -60,11 +60,14 @@ def test_memory_in_use_becomes_a_debt_and_no_more_is_granted() -> None:
     assert target(100, [greedy, late], 1).grant == 30
 
 
-def test_warm_pages_of_all_go_before_cached_blocks_of_any() -> None:
+def test_who_is_most_above_gives_first_and_others_are_left_alone() -> None:
+    """With warm pages or cached ones: an engine at rest is not woken for a page."""
     rich = Standing(charge=60, in_use=0, cached=60)
     warm = Standing(charge=40, in_use=20, warm=20)
-    waiting = busy(0, 30)
-    assert reclaim(100, [rich, warm, waiting], [0, 20, 30]) == [(10, 0), (20, 0), (0, 0)]
+    shares = [0, 20, 30]
+    assert reclaim(100, [rich, warm, busy(0, 30)], shares) == [(30, 0), (0, 0), (0, 0)]
+    shares = [0, 20, 70]
+    assert reclaim(100, [rich, warm, busy(0, 70)], shares) == [(60, 0), (10, 0), (0, 0)]
 
 
 def test_debts_above_a_limit_save_nobody_from_giving_what_is_needed_now() -> None:

@@ -45,8 +45,10 @@ BURST_TOKENS = 8
 """Tokens that the measured request generates: enough to see that it goes on."""
 FULL = 0.95
 """Of the device, held by the first engine before each measured request."""
-REST_S = 0.7
-"""Longer than an engine counts as working after its last request."""
+REST_S = 1.3
+"""Longer than an engine counts as working after its last request, and than vLLM's processes look
+for each other's messages in a loop after the last one (1 s), which takes a core each.
+"""
 BUSY_S = (0.2, 2.5)
 """How long the neighbour has worked when memory is demanded, drawn between these: it computes its
 prompt then, or generates.
