@@ -31,7 +31,7 @@ def router(
     """What the router adds to a small streamed answer, and whether its memory stays flat.
 
     The same requests go to an engine that only streams, directly and through the router, turn by
-    turn. Needs: pip install 'kvcached[serve]'.
+    turn. Needs: pip install 'kvcached\\[serve]'.
 
     Examples:
 
