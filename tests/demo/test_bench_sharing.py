@@ -107,8 +107,10 @@ def test_the_command_prints_a_table_or_json(
     assert table.exit_code == 0 and "2.0 / 9.0 / 9.0" in table.output and "1.050" in table.output
     assert "7.0 MiB a request" in table.output and "in 1.2 ms" in table.output
     assert (asked["instances"], asked["budget_bytes"], asked["model"]) == (4, 64 << 20, None)
-    answer = CliRunner().invoke(app, [*arguments, "--json"])
+    assert asked["kinds"] == ("idle", "busy")
+    answer = CliRunner().invoke(app, [*arguments, "--json", "--only", "busy"])
     assert json.loads(answer.stdout)["idle"]["rounds"] == 3
+    assert asked["kinds"] == ("busy",)
 
 
 def test_watchers_are_there_and_cost_little() -> None:

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvcached.bench.reclaim import KINDS as NEIGHBOURS
-
 COLOURS = {
     "elastic": "#3f8f6b",
     "even": "#b3261e",
@@ -148,6 +146,8 @@ def scale(result: dict[str, Any], path: Path) -> None:
 
 def reclaim(result: dict[str, Any], path: Path) -> None:
     """From the demand to the lease, with the neighbour at rest and at work; real engines."""
+    from kvcached.bench.reclaim import KINDS as NEIGHBOURS  # who draws others needs no httpx
+
     with _axes(path) as axes:
         kinds = {kind: words for kind, words in NEIGHBOURS.items() if kind in result}
         for place, kind in enumerate(kinds):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +16,13 @@ from kvcached.errors import ConfigError
 from kvcached.units import MIB, parse_size
 
 DEFAULT_POOLS = "0.8,1.6,3.2,6.4,12.8"
+
+
+class Kind(str, Enum):
+    """What the neighbour does."""
+
+    idle = "idle"
+    busy = "busy"
 
 
 def register(app: typer.Typer) -> None:
@@ -77,8 +85,7 @@ def reclaim(
     instances: Annotated[int, typer.Option(min=2, max=8, help="Engines on the device.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Measured requests of each kind.")] = 50,
     only: Annotated[
-        Literal["idle", "busy"] | None,
-        typer.Option(help="One kind: the neighbour rests, or works."),
+        Kind | None, typer.Option(help="One kind: the neighbour rests, or works.")
     ] = None,
     budget: Annotated[str, typer.Option(help="KV-cache memory that they share.")] = "",
     model: Annotated[
@@ -106,7 +113,7 @@ def reclaim(
         out,
         instances=instances,
         rounds=rounds,
-        kinds=(only,) if only else tuple(KINDS),
+        kinds=(only.value,) if only else tuple(KINDS),
         budget_bytes=parse_size(budget, "--budget") if budget else 0,
         model=model,
         seed=seed,
