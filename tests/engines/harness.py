@@ -236,8 +236,16 @@ class Server:
         assert self.engine is not None
         return self.engine.metrics().get(name, 0.0)
 
-    def ask(self, prompt: Sequence[int], max_tokens: int, limit_s: float = 120.0) -> Answer:
-        """One streamed completion; never raises for what the server does."""
+    def ask(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        limit_s: float = 120.0,
+        answer: Answer | None = None,
+    ) -> Answer:
+        """One streamed completion; never raises for what the server does. It comes token by token
+        into ``answer``, which is returned.
+        """
         body = {
             "model": self.name,
             "prompt": list(prompt),
@@ -247,7 +255,8 @@ class Server:
             "stream": True,
             "return_token_ids": True,
         }
-        answer = Answer(sent_s=time.monotonic())
+        answer = answer or Answer()
+        answer.sent_s = time.monotonic()
         try:
             with httpx.stream(
                 "POST", self.url + "/v1/completions", json=body, timeout=limit_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -72,31 +73,41 @@ def test_a_burst_leaves_a_busy_neighbour_its_share(pair: Pair) -> None:
     fill_with_cache(pair, pair.a)
     share = pair.capacity // 2
     refused = pair.account(pair.b).refused
+    page = pair.account(pair.a).page_bytes
     charges: list[tuple[bool, int, int]] = []
     over = threading.Event()
 
+    def works() -> bool:
+        return pair.account(pair.a).in_use > page
+
     def look() -> None:
         while not over.wait(0.01):
-            busy = not long.done()  # asked first: it was still running then
+            busy = works()
             charges.append((busy, pair.account(pair.a).charge, pair.account(pair.b).charge))
 
     with Load(pair.a, 6) as load, ThreadPoolExecutor(2) as threads:
         wait_until(lambda: len(load.answers) > 3, 60, "a works")
         before = pair.account(pair.a)
-        # The clients have the same two cores as the servers: there are moments when none of them
-        # has a request under way. While this one runs, A works whatever they do.
-        long = threads.submit(pair.a.ask, PROMPTS[0], 1400)
+        # The clients and the front ends have the same two cores as the engines: there are moments
+        # when none of the load has reached A. While this one runs, which its engine tells, A works.
+        long = Answer()
+        asked = threads.submit(pair.a.ask, PROMPTS[0], 1400, answer=long)
+        wait_until(lambda: long.tokens, 30, "the long request runs")
         looking = threads.submit(look)
         answers = burst(pair.b, 24)
         over.set()
         looking.result()
-        answers.append(long.result())
+        answers.append(asked.result())
     assert [a.error for a in answers if not a.ok] + load.failures() == []
     assert pair.account(pair.b).refused > refused, "b was not short of memory"
     least = min(a for _, a, _ in charges)
-    least_busy = min(a for busy, a, _ in charges if busy)
+    at_work = list(itertools.takewhile(lambda each: each[0], charges))
+    least_busy = min(a for _, a, _ in at_work)
     most = max(b for _, _, b in charges)
-    print(f"a from {before.charge} to {least} ({least_busy}), b to {most}, of {pair.capacity}")
+    print(
+        f"a from {before.charge} to {least} ({least_busy} in {len(at_work)} looks), b to {most}, "
+        f"of {pair.capacity}"
+    )
     assert before.charge > share and before.charge > least
     # A does not keep what it does not want itself: the last, partly filled blocks of requests.
     assert least_busy > share * 3 // 4
