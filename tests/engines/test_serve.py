@@ -4,20 +4,16 @@ and leaves nothing behind when it is killed itself.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-import yaml
 from harness import MAX_TOKENS, MIB, PROMPTS, SOURCE, environment, wait_until
 
 from kvcached.demo.servers import ENGINE_ENVIRONMENT
@@ -25,17 +21,19 @@ from kvcached.ledger import Ledger
 from kvcached.processes import session_processes
 from kvcached.snapshot import AccountSnapshot
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "serve"))
+from served import Served
+
 KV_AFTER_S = 1.0
 SLEEP_AFTER_S = 12.0
 
 
-class Service:
+class Service(Served):
     """A running `kvcached serve` with three models: `awake` stays, `rests` gives its KV cache back,
     `ends` is stopped when it is idle.
     """
 
     def __init__(self, model: Path, folder: Path) -> None:
-        self.folder = folder
         self._place = (folder / "ledger", f"host:serve-{os.getpid()}")
         sleeps = {
             "awake": {"kv_after_s": None},
@@ -71,29 +69,7 @@ class Service:
                 for name, sleep in sleeps.items()
             ],
         }
-        path = folder / "serve.yaml"
-        path.write_text(yaml.safe_dump(data))
-        with (folder / "output").open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "kvcached.cli.main", "serve", str(path), "--json"],
-                env=environment({}),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                text=True,
-            )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, (folder / "output").read_text()
-        self.url: str = json.loads(line)["url"]
-
-    def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = httpx.get(self.url + "/status", timeout=30).json()
-        return found
-
-    def model(self, name: str) -> dict[str, Any]:
-        (found,) = (each for each in self.status()["models"] if each["name"] == name)
-        return dict(found)
+        super().__init__(folder, environment({}), data)
 
     def state(self, name: str) -> str:
         return str(self.model(name)["state"])
@@ -136,10 +112,7 @@ def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     try:
         yield service
     finally:
-        service.process.terminate()
-        service.process.wait(60)
-        assert service.process.stdout is not None
-        service.process.stdout.close()
+        service.end()
 
 
 def test_three_models_behind_one_address(service: Service, plain: list[list[int]]) -> None:

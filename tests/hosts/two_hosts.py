@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import re
 import signal
@@ -19,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
 
 import kvcached
 from kvcached.config import child_environment
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "serve"))
+import served
 from toys import mentioning
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,36 +108,8 @@ class Cluster:
         subprocess.run(["rm", "-rf", str(self._temporary)], check=True)
 
 
-class Served:
-    """`kvcached serve` with a settings file."""
-
-    def __init__(self, folder: Path, environment: dict[str, str], settings: dict[str, Any]) -> None:
-        self.folder = folder
-        path = folder / "serve.yaml"
-        path.write_text(yaml.safe_dump(settings))
-        self._errors = (folder / "stderr").open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvcached.cli.main", "serve", str(path), "--json"],
-            env=child_environment(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.startswith("{"), line + self.output()
-        self.url: str = json.loads(line)["url"]
-
-    def output(self) -> str:
-        return (self.folder / "stderr").read_text()
-
-    def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = httpx.get(self.url + "/status", timeout=30).json()
-        return found
-
-    def engines(self, model: str) -> list[dict[str, Any]]:
-        return [each for each in self.status()["models"] if each["name"] == model]
+class Served(served.Served):
+    """`kvcached serve` over the nodes."""
 
     def places(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
@@ -155,16 +126,6 @@ class Served:
     def ask(self, model: str, **more: Any) -> httpx.Response:
         body = {"model": model, "prompt": "x", **more}
         return httpx.post(self.url + "/v1/completions", json=body, timeout=120)
-
-    def end(self) -> int:
-        self.process.terminate()
-        try:
-            return self.process.wait(60)
-        finally:
-            self.process.kill()
-            assert self.process.stdout is not None
-            self.process.stdout.close()
-            self._errors.close()
 
 
 @contextlib.contextmanager

@@ -4,30 +4,29 @@ the next request, replaced when it dies or hangs.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from sgl_harness import ENVIRONMENT, MAX_TOKENS, MIB, PROMPTS, SOURCE, VllmEngine, wait_until
 
-from kvcached.config import child_environment
 from kvcached.ledger import Ledger
 from kvcached.processes import session_processes
 from kvcached.snapshot import AccountSnapshot
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "serve"))
+from served import Served
 
 pytestmark = pytest.mark.engine
 SLEEP_AFTER_S = 6.0
 NAMES = ("rests", "stays")
 
 
-class Service:
+class Service(Served):
     """A running `kvcached serve` with one model twice: `rests` is stopped when idle."""
 
     def __init__(self, model: Path, folder: Path) -> None:
@@ -59,30 +58,7 @@ class Service:
             "logs": {"folder": str(folder / "logs")},
             "models": [{**common, "name": name, "sleep": sleeps[name]} for name in NAMES],
         }
-        path = folder / "serve.json"  # JSON is YAML
-        path.write_text(json.dumps(settings))
-        self._output = folder / "output"
-        with self._output.open("w") as output:
-            self.process = subprocess.Popen(
-                [str(VllmEngine.PYTHON), "-m", "kvcached.cli.main", "serve", str(path), "--json"],
-                env=child_environment({"PYTHONPATH": str(SOURCE)}),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                text=True,
-            )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, self.output()
-        self.url: str = json.loads(line)["url"]
-
-    def output(self) -> str:
-        return self._output.read_text()
-
-    def model(self, name: str) -> dict[str, Any]:
-        status = httpx.get(self.url + "/status", timeout=30).json()
-        (found,) = (each for each in status["models"] if each["name"] == name)
-        return dict(found)
+        super().__init__(folder, {"PYTHONPATH": str(SOURCE)}, settings, VllmEngine.PYTHON)
 
     def account(self, name: str) -> AccountSnapshot | None:
         """Of the living: who asks for memory next clears the rows of others, as this does."""
@@ -105,25 +81,17 @@ class Service:
         text: str = answer.json()["choices"][0]["text"]
         return [int(word.removeprefix("w")) for word in text.split()]
 
-    def end(self) -> list[int]:
-        """Ends it; processes of its engines that are left."""
-        sessions = [pid for name in NAMES if (pid := self.model(name)["pid"])]
-        self.process.terminate()
-        assert self.process.wait(60) == 0, self.output()
-        return [pid for session in sessions for pid in session_processes(session)]
-
 
 @pytest.fixture(scope="module")
 def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     service = Service(model, tmp_path_factory.mktemp("serve"))
     try:
         yield service
-        assert service.end() == []
+        sessions = [pid for name in NAMES if (pid := service.model(name)["pid"])]
     finally:
-        service.process.kill()
-        service.process.wait()
-        assert service.process.stdout is not None
-        service.process.stdout.close()
+        code = service.end()
+    assert code == 0, service.output()
+    assert not [pid for session in sessions for pid in session_processes(session)]
 
 
 def test_an_idle_engine_is_stopped_and_started_for_the_next_request(
