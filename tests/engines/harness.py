@@ -236,13 +236,7 @@ class Server:
         assert self.engine is not None
         return self.engine.metrics().get(name, 0.0)
 
-    def ask(
-        self,
-        prompt: Sequence[int],
-        max_tokens: int,
-        limit_s: float = 120.0,
-        answer: Answer | None = None,
-    ) -> Answer:
+    def ask(self, prompt: Sequence[int], max_tokens: int, answer: Answer | None = None) -> Answer:
         """One streamed completion; never raises for what the server does. It comes token by token
         into ``answer``, which is returned.
         """
@@ -259,7 +253,7 @@ class Server:
         answer.sent_s = time.monotonic()
         try:
             with httpx.stream(
-                "POST", self.url + "/v1/completions", json=body, timeout=limit_s
+                "POST", self.url + "/v1/completions", json=body, timeout=120.0
             ) as response:
                 answer.status = response.status_code
                 if response.status_code != 200:

@@ -73,17 +73,14 @@ def test_a_burst_leaves_a_busy_neighbour_its_share(pair: Pair) -> None:
     fill_with_cache(pair, pair.a)
     share = pair.capacity // 2
     refused = pair.account(pair.b).refused
-    page = pair.account(pair.a).page_bytes
     charges: list[tuple[bool, int, int]] = []
     over = threading.Event()
 
-    def works() -> bool:
-        return pair.account(pair.a).in_use > page
-
     def look() -> None:
         while not over.wait(0.01):
-            busy = works()
-            charges.append((busy, pair.account(pair.a).charge, pair.account(pair.b).charge))
+            a, b = pair.account(pair.a), pair.account(pair.b)
+            # Beside block 0: requests use blocks.
+            charges.append((a.in_use > a.block_bytes, a.charge, b.charge))
 
     with Load(pair.a, 6) as load, ThreadPoolExecutor(2) as threads:
         wait_until(lambda: len(load.answers) > 3, 60, "a works")
@@ -111,6 +108,7 @@ def test_a_burst_leaves_a_busy_neighbour_its_share(pair: Pair) -> None:
     assert before.charge > share and before.charge > least
     # A does not keep what it does not want itself: the last, partly filled blocks of requests.
     assert least_busy > share * 3 // 4
+    assert max(b for _, _, b in at_work) > charges[0][2], "b got nothing while a worked"
     # What A has in use comes as its requests end, which may be later than B's burst.
     assert most > share // 2
 
