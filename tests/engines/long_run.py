@@ -15,6 +15,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,7 @@ CAPACITY = 12 * MIB
 KINDS = ("api", "core", "worker")
 WARM_S = 45.0  # after so long a process has what it needs
 TELL_S = 60.0
+RESTART_S = 900.0  # that a restart may take: two cores carry the other server's load meanwhile
 FDS_MORE, MAPPINGS_MORE = 12, 200  # that a process may have more than then: connections, arenas
 
 
@@ -87,6 +89,7 @@ class LongRun:
         self.outcome = Outcome()
         self.loads: dict[str, Load] = {}
         self.footprints: dict[int, Footprint] = {}
+        self.restarts_s: list[float] = []
         self.told_s = 0.0
 
     def run(self, seconds: float) -> None:
@@ -139,8 +142,10 @@ class LongRun:
         wait_until(lambda: not session_processes(server.session), 20, f"{server.name} has ended")
         self.end_load(server, killed=True)
         self.outcome.failed_with_their_server -= len(before)
+        before_start = time.monotonic()
         server.start()
-        server.wait()
+        server.wait(RESTART_S)
+        self.restarts_s.append(time.monotonic() - before_start)
         self.start_load(server)
 
     def stop(self, server: Server) -> None:
@@ -263,6 +268,10 @@ def long_run(seconds: float, seed: int, folder: Path) -> int:
         "lost": outcome.lost[:5],
         "wrong": outcome.wrong,
         "ttft_p99_ms": round(p99(outcome.ttft_s) * 1e3),
+        "restart_s": {
+            "median": round(statistics.median(run.restarts_s or [0.0]), 1),
+            "longest": round(max(run.restarts_s, default=0.0), 1),
+        },
         "capacity": CAPACITY,
         "peak_bytes": memory.peak,
         "high_water": seen.high_water,
