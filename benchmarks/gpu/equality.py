@@ -24,6 +24,8 @@ from fleet import Fleet
 from kvcached.layout import CUDA_LIMITS
 
 BUSY = ("churn", "stop", "abort")
+KV_BYTES = {"1b": 4 * GIB, "8b": 16 * GIB, "tiny": GIB}
+"""Of a plain engine: so much that it preempts nothing, and its batches are those of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +60,26 @@ def case(base: Job, *, control: str = "", judged: bool = False, **elastic: Any) 
 
 
 def cases(
-    model: str, windowed: str, ledger: str, names: Sequence[str], runners: Sequence[str]
+    shape: str,
+    model: str,
+    windowed: str,
+    ledger: str,
+    names: Sequence[str],
+    runners: Sequence[str],
 ) -> Iterator[Case]:
     """The named groups of cases, for each runner. ``windowed`` is a model whose layers see the
     last tokens only.
     """
     for runner in runners:
-        base = Job("", model, BUSY, ledger=f"{ledger}/all", runner=runner, max_tokens_a_step=2048)
+        base = Job(
+            "",
+            model,
+            BUSY,
+            ledger=f"{ledger}/all",
+            runner=runner,
+            max_tokens_a_step=2048,
+            kv_bytes=KV_BYTES[shape],
+        )
 
         def named(name: str, runner: str = runner, base: Job = base, **changes: Any) -> Job:
             return replace(base, name=f"{runner.lower()}-{name}", **changes)
@@ -266,7 +281,7 @@ def main() -> int:
     model = fleet.make_model(out / "models", options.shape)
     windowed = fleet.make_model(out / "models", options.shape, sliding_window=512)
     names, runners = options.cases.split(","), options.runners.split(",")
-    chosen = list(cases(model, windowed, str(out / "ledger"), names, runners))
+    chosen = list(cases(options.shape, model, windowed, str(out / "ledger"), names, runners))
     if not chosen:
         parser.error(f"no case of --cases {options.cases}")
     fleet.preload()

@@ -126,7 +126,7 @@ def step_times(ends: Sequence[float], since: float, until: float) -> dict[str, A
     }
 
 
-def pair(model: str, out: Path, runner: str) -> tuple[Job, Job]:
+def pair(model: str, out: Path, runner: str, kv_gib: float | None) -> tuple[Job, Job]:
     def job(name: str, work: tuple[str, ...]) -> Job:
         return Job(
             name=name,
@@ -138,6 +138,7 @@ def pair(model: str, out: Path, runner: str) -> tuple[Job, Job]:
             prefix_caching=True,
             max_seqs=256,
             kv_bytes=None,
+            capacity_bytes=None if kv_gib is None else int(kv_gib * GIB),
             sharpen=False,
             ready_file=str(out / f"ready-{name}"),
             start_files=tuple(str(out / f"start-{name}-{each}") for each in work),
@@ -240,6 +241,11 @@ def main() -> int:
     parser.add_argument("--runner", choices=("V1", "V2"), default="V2")
     parser.add_argument("--plot", type=Path, help="a PNG to write; needs matplotlib")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds in all")
+    parser.add_argument(
+        "--kv-gib",
+        type=float,
+        help="KV memory of both together: 56 where more than 80 GB would not get full",
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     out = options.out.resolve()
@@ -247,7 +253,9 @@ def main() -> int:
     fleet.preload()
     uuid = fleet.gpu_uuid()
     stage = Stage(
-        Fleet(out, options.limit), Watch(nvml.Gpu(uuid)), pair(model, out, options.runner)
+        Fleet(out, options.limit),
+        Watch(nvml.Gpu(uuid)),
+        pair(model, out, options.runner, options.kv_gib),
     )
     stage.start_engines()
     with Ledger.open(out / "ledger", uuid, create=False, read_only=True) as ledger:
