@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from harness import MAX_TOKENS, MIB, PROMPTS, LlmProcess, Load, Server, switched_on, wait_until
+from two_devices import TwoDevices, check_came_back, empty
 
 from kvcached.ledger import Ledger
-from kvcached.snapshot import AccountSnapshot
 
 SMALL, LARGE = 3 * MIB, 5 * MIB
 
@@ -35,16 +35,10 @@ def job(model: Path, **more: Any) -> dict[str, Any]:
 
 @dataclass
 class Elastic:
-    """A running engine, what it answered, and the ledgers of its two devices."""
+    """A running engine, what it answered, and its two devices."""
 
-    process: LlmProcess
     answer: dict[str, Any]
-    ledgers: tuple[Ledger, Ledger]
-
-    def accounts(self) -> list[AccountSnapshot]:
-        found = [ledger.snapshot().account("tp") for ledger in self.ledgers]
-        assert None not in found
-        return found  # type: ignore[return-value]
+    devices: TwoDevices
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +64,7 @@ def elastic(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
         waits = f"on {names[0]} to start: all of it is in use (holder "
         wait_until(lambda: waits in process.log.read_text(errors="replace"), 120, waits)
         holder.close()
-        yield Elastic(process, process.answer(200), (a, b))
+        yield Elastic(process.answer(200), TwoDevices("tp", (a, b)))
 
 
 @pytest.fixture(scope="module")
@@ -90,39 +84,21 @@ def test_outputs_are_those_of_plain_vllm(elastic: Elastic, plain_tp: list[list[i
 
 
 def test_the_smaller_device_decides_and_everything_comes_back(elastic: Elastic) -> None:
-    loaded, reset = elastic.answer["loaded"], elastic.answer["reset"]
-    highest = [ledger.snapshot().high_water for ledger in elastic.ledgers]
-    page = loaded["page"] // 2
-    assert SMALL - page < highest[0] <= SMALL
-    assert highest[0] <= highest[1] <= SMALL + 2 * page, "its pages on their way out, and no more"
+    loaded = elastic.answer["loaded"]
+    elastic.devices.check_both_hold(SMALL, loaded["page"] // 2)
     assert loaded["cached"] > 0
-    assert loaded["physical"] == loaded["created"] == loaded["charge"]
-    assert reset["physical"] == reset["created"] == reset["charge"]
-    assert reset["charge"] <= reset["pinned"] + reset["page"], "pinned and at most one warm page"
+    check_came_back(loaded, elastic.answer["reset"])
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_pressure_on_either_device_takes_cached_pages_from_both(
     elastic: Elastic, number: int
 ) -> None:
-    page = elastic.accounts()[0].page_bytes
-    before = elastic.accounts()
-    assert before[0].charge == before[1].charge and before[0].cached > 4 * page
-    ledger = elastic.ledgers[number]
-    free = ledger.capacity - ledger.snapshot().charge
-    with ledger.join("rival", "rival", page) as rival:
-        rival.set_demand(free // page * page + 2 * page)
-        wait_until(lambda: elastic.accounts()[number].charge < before[number].charge, 10, "reclaim")
-        wait_until(
-            lambda: elastic.accounts()[1 - number].charge == elastic.accounts()[number].charge,
-            10,
-            "the other device follows",
-        )
-    assert all(account.reclaimed >= 2 * page for account in elastic.accounts())
+    elastic.devices.check_reclaim(number)
 
 
 def test_the_death_of_a_rank_ends_the_instance_on_both_devices(elastic: Elastic) -> None:
-    accounts = elastic.accounts()
+    accounts = elastic.devices.accounts()
     pids = {pid for account in accounts for pid in account.pids}
     members = [member.pid for account in accounts for member in account.members]
     assert len(members) == 2 and len(pids) == 3, "two ranks and the scheduler"
@@ -131,8 +107,7 @@ def test_the_death_of_a_rank_ends_the_instance_on_both_devices(elastic: Elastic)
     for end in ends:
         wait_until(lambda fd=end: _ended(fd), 10, "all processes end")  # type: ignore[misc]
         os.close(end)
-    for ledger in elastic.ledgers:
-        wait_until(lambda ledger=ledger: _empty(ledger), 1, "its bytes are back")  # type: ignore[misc]
+    elastic.devices.check_empty(1)
 
 
 @pytest.mark.slow
@@ -146,11 +121,9 @@ def test_ranks_on_one_device_have_one_account(
     ) as process:
         result = process.answer(200)
     assert result["outputs"] == [plain_tp, plain_tp] and result["preemptions"] > 0
-    loaded, reset = result["loaded"], result["reset"]
+    loaded = result["loaded"]
     assert SMALL < loaded["high_water"] <= loaded["capacity"] == 2 * SMALL
-    assert loaded["physical"] == loaded["created"] == loaded["charge"]
-    assert reset["physical"] == reset["created"] == reset["charge"]
-    assert reset["charge"] <= reset["pinned"] + reset["page"]
+    check_came_back(loaded, result["reset"])
 
 
 @pytest.mark.slow
@@ -176,7 +149,7 @@ def test_two_engines_in_opposite_order_both_get_on(
     for name in names:
         with Ledger.open(tmp_path / "ledger", name, create=False) as ledger:
             assert ledger.snapshot().high_water <= SMALL
-            wait_until(lambda ledger=ledger: _empty(ledger), 10, "both are gone")  # type: ignore[misc]
+            wait_until(lambda ledger=ledger: empty(ledger), 10, "both are gone")  # type: ignore[misc]
 
 
 @pytest.mark.slow
@@ -209,14 +182,9 @@ def test_the_death_of_any_process_ends_a_server_with_two_ranks(
     finally:
         server.kill()
     for ledger in ledgers:
-        wait_until(lambda ledger=ledger: _empty(ledger), 1, "its bytes are back")  # type: ignore[misc]
+        wait_until(lambda ledger=ledger: empty(ledger), 1, "its bytes are back")  # type: ignore[misc]
         assert ledger.snapshot().high_water <= SMALL
         ledger.close()
-
-
-def _empty(ledger: Ledger) -> bool:
-    ledger.reap()
-    return ledger.snapshot().accounts == () and ledger.snapshot().charge == 0
 
 
 def _ended(pidfd: int) -> bool:

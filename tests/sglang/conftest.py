@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
 
-pytest.register_assert_rewrite("one_engine")
+pytest.register_assert_rewrite("one_engine", "two_devices")
 
 from sgl_harness import ENVIRONMENT, Engine  # noqa: E402
 from sgl_models import answered_by_transformers, made  # noqa: E402

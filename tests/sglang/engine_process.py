@@ -47,16 +47,24 @@ def generate(engine: Any, job: dict[str, Any]) -> list[list[int]]:
 
 
 def ledger_facts() -> dict[str, int]:
-    """This engine's numbers, and what the kernel says about the memory behind them."""
+    """This engine's numbers, and what the kernel says about the memory behind them. Of an engine on
+    several devices, the sums.
+    """
     from kvcached.config import Config
     from kvcached.demo.sampler import SessionWatch
-    from kvcached.ledger import Ledger
 
     config = Config.from_env()
-    (device,) = config.devices
-    with Ledger.open(config.directory, device, create=False, read_only=True) as ledger:
+    on_each = [device_facts(config.directory, each, config.name or "") for each in config.devices]
+    facts = {key: sum(facts[key] for facts in on_each) for key in on_each[0]}
+    return {**facts, "physical": SessionWatch(os.getsid(0)).physical_bytes()}
+
+
+def device_facts(directory: Path, device: str, name: str) -> dict[str, int]:
+    from kvcached.ledger import Ledger
+
+    with Ledger.open(directory, device, create=False, read_only=True) as ledger:
         snapshot = ledger.snapshot()
-        account = snapshot.account(config.name or "")
+        account = snapshot.account(name)
     assert account is not None
     return {
         "charge": account.charge,
@@ -71,7 +79,6 @@ def ledger_facts() -> dict[str, int]:
         "block_tokens": account.block_tokens,
         "high_water": snapshot.high_water,
         "capacity": snapshot.capacity,
-        "physical": SessionWatch(os.getsid(0)).physical_bytes(),
     }
 
 

@@ -38,7 +38,6 @@ def test_a_plain_engine_is_not_refused() -> None:
     ("changes", "words"),
     [
         ({"device": "cuda:1"}, "cuda engines with this version of SGLang"),
-        ({"tp_size": 2}, "tensor parallelism"),
         ({"pp_size": 2}, "pipeline parallelism"),
         ({"dp_size": 2}, "data parallelism"),
         ({"enable_dp_attention": True}, "data parallelism"),

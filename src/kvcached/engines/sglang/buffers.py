@@ -66,12 +66,15 @@ def create(
     slots = [math.prod(shape) * dtype.itemsize for shape in shapes]
     runs = [sum(slots) * block_tokens] if together else [each * block_tokens for each in slots]
     layout = _layout(build, runs, size // block_tokens + 1, block_tokens)
+    build.meet(layout.num_blocks, layout.blocks_per_page, layout.page_bytes)
     build.measure()  # the model is loaded
-    backend = build.device.open_backend(device.ordinal(build.arguments), build.ledger.lock_fd)
+    ordinal = device.ordinal(build.arguments, build.number)
+    backend = build.device.open_backend(ordinal, build.ledger.lock_fd)
     zero_holes = build.config.unmapped == "zero"
     pinned = layout.page_bytes + (layout.zero_bytes if zero_holes else 0)
-    member = build.ledger.attach(build.instance, build.name, pinned)
-    member.describe(sum(runs), block_tokens, layout.page_bytes)
+    each = build.devices.ranks_each
+    member = build.ledger.attach(build.instance, build.name, pinned * each)
+    member.describe(sum(runs) * each, block_tokens, layout.page_bytes * each)
     mapper = PageMapper(
         build.ledger,
         member,

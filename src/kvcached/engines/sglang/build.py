@@ -10,18 +10,19 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvcached import foreign
+from kvcached import foreign, watch
 from kvcached.config import Config
 from kvcached.engines import devices
-from kvcached.engines.devices import Device
+from kvcached.engines.devices import Device, Devices
 from kvcached.engines.registry import OFF
-from kvcached.engines.sglang import device
+from kvcached.engines.sglang import device, ranks
 from kvcached.errors import EngineError
 from kvcached.ledger import Ledger
 
@@ -44,20 +45,52 @@ _SEEN_ON_GPU = frozenset({"triton"})
 
 @dataclass(slots=True)
 class Build:
-    """One engine under construction. ``arguments`` are SGLang's settings by name."""
+    """One engine under construction, in the process of one of its ranks. ``arguments`` are SGLang's
+    settings by name.
+    """
 
     config: Config
     arguments: Mapping[str, Any]
-    instance: str
     name: str
-    device: Device
-    ledger: Ledger
+    devices: Devices
+    ledgers: Mapping[str, Ledger]
+    """By the names of their devices: the first rank has accounts on all of them."""
+    instance: str = ""
+    number: int = 0
+    """Of this rank."""
+    rank: ranks.Rank | None = None
+    """Its part among several."""
     memory: KvMemory | None = None
 
     @property
+    def device(self) -> Device:
+        """This rank's."""
+        return self.devices.by_rank[self.number]
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of this rank's device."""
+        return self.ledgers[self.device.name]
+
+    @property
     def virtual_bytes(self) -> int:
-        """Addresses for the KV cache: what SGLang believes to have."""
-        return self.config.virtual_bytes or self.ledger.capacity
+        """Addresses for the KV cache of each rank: what SGLang believes to have."""
+        smallest = min(ledger.capacity for ledger in self.ledgers.values())
+        return self.config.virtual_bytes or smallest // self.devices.ranks_each
+
+    def meet(self, *shape: int) -> None:
+        """Finds out who this rank is, and who else is of this engine; ``shape`` is what its KV
+        cache has in common with theirs. Blocks for the others. Raises EngineError.
+        """
+        several = len(self.devices.by_rank)
+        if several == 1:
+            self.instance = secrets.token_hex(16)
+            return
+        group = _ranks_of_sglang()
+        self.number = int(group.rank_in_group)
+        mine = struct.pack(f"<{len(shape)}q", *shape)
+        self.instance, self.rank = ranks.gather(self.number, several, _sharing(group), mine)
+        watch.end_with(self.rank.pids)
 
     def measure(self) -> None:
         """Tells the ledger what is in use on the device beside pages."""
@@ -81,22 +114,41 @@ def building(config: Config, arguments: Mapping[str, Any], adapter: Any) -> Iter
     """
     refuse_unsupported(arguments, adapter)
     warn_of_untried(arguments)
-    place = device.of(config, arguments)
+    places = device.of(config, arguments)
+    # Before everything else: at death the kernel drops a ledger's lock after what is numbered above
+    # it, the memory and the driver's own files.
+    ledgers = devices.open_ledgers(config, places)
     build = Build(
         config,
         arguments,
-        secrets.token_hex(16),
         config.name or _name_of(arguments["served_model_name"]),
-        place,
-        # Before everything else: at death the kernel drops the ledger's lock after what is numbered
-        # above it, the memory and the driver's own files.
-        devices.open_ledger(config, place),
+        places,
+        {each.name: ledger for each, ledger in zip(places.distinct, ledgers, strict=True)},
     )
     token = _current.set(build)
     try:
         yield build
     finally:
         _current.reset(token)
+
+
+def _ranks_of_sglang() -> Any:
+    """SGLang's group of the ranks that share a model."""
+    from sglang.srt.distributed import parallel_state
+
+    return parallel_state.get_tp_group()
+
+
+def _sharing(group: Any) -> Callable[[bytes], bytes]:
+    """Gives all ranks of a group what its first one has."""
+    import torch
+
+    def share(mine: bytes) -> bytes:
+        data = torch.tensor(list(mine), dtype=torch.uint8)
+        torch.distributed.broadcast(data, src=group.ranks[0], group=group.cpu_group)
+        return bytes(data.tolist())
+
+    return share
 
 
 def _name_of(served: Any) -> str:
@@ -120,8 +172,6 @@ def refuse_unsupported(arguments: Mapping[str, Any], adapter: Any) -> None:
     kind = device.kind_of(arguments)
     for what, wrong in {
         f"{kind} engines with this version of SGLang": kind not in adapter.PLATFORMS,
-        # All ranks must see the same free amount: see docs/integration.md.
-        "tensor parallelism": arguments["tp_size"] > 1,
         "pipeline parallelism": arguments["pp_size"] > 1,
         "data parallelism": arguments["dp_size"] > 1 or on("enable_dp_attention"),
         "several machines": arguments["nnodes"] > 1,
@@ -148,4 +198,9 @@ def warn_of_untried(arguments: Mapping[str, Any]) -> None:
             "has): compare its first answers with those of an engine without kvcached",
             backend,
             ", ".join(sorted(_SEEN_ON_GPU)),
+        )
+    if device.kind_of(arguments) != "cpu" and arguments["tp_size"] > 1:
+        logger.warning(
+            "kvcached: SGLang on several GPUs (tensor parallelism) has been run with kvcached on a "
+            "CPU alone: compare its first answers with those of an engine without kvcached"
         )

@@ -1,4 +1,4 @@
-"""The device of an SGLang engine."""
+"""The devices of an SGLang engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from kvcached import nvml
 from kvcached.config import Config, variable_of_an_engine
 from kvcached.engines import devices
-from kvcached.engines.devices import Device
+from kvcached.engines.devices import Device, Devices
 
 
 def kind_of(arguments: Mapping[str, Any]) -> str:
@@ -16,22 +16,22 @@ def kind_of(arguments: Mapping[str, Any]) -> str:
     return str(arguments["device"]).partition(":")[0]
 
 
-def ordinal(arguments: Mapping[str, Any]) -> int:
-    """The number of the engine's GPU among those that its process sees."""
-    return int(arguments.get("base_gpu_id") or 0)
+def ordinal(arguments: Mapping[str, Any], rank: int) -> int:
+    """The number of a rank's GPU among those that its process sees."""
+    step = arguments.get("gpu_id_step")
+    return int(arguments.get("base_gpu_id") or 0) + rank * (1 if step is None else int(step))
 
 
-def of(config: Config, arguments: Mapping[str, Any]) -> Device:
-    """The host's memory under the name that was chosen, or the engine's GPU.
+def of(config: Config, arguments: Mapping[str, Any]) -> Devices:
+    """The host's memory under the names that were chosen, or the GPUs of the engine's ranks.
 
-    Raises EngineError where the name that was chosen does not fit.
+    Raises EngineError where the names that were chosen do not fit the ranks.
     """
 
-    def of_rank(_: int, chosen: str | None) -> Device:
+    def of_rank(rank: int, chosen: str | None) -> Device:
         if kind_of(arguments) == "cpu":
             return devices.host(chosen, "the CPU")
         visible = variable_of_an_engine("CUDA_VISIBLE_DEVICES")
-        return devices.gpu(nvml.visible_uuid(ordinal(arguments), visible), chosen)
+        return devices.gpu(nvml.visible_uuid(ordinal(arguments, rank), visible), chosen)
 
-    (found,) = devices.arrange(config, 1, of_rank).by_rank
-    return found
+    return devices.arrange(config, int(arguments["tp_size"]), of_rank)

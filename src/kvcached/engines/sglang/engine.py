@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from kvcached.engines.sglang.buffers import KvMemory
+from kvcached.engines.sglang.build import Build
+from kvcached.engines.sglang.ranks import AgreedAccount, AgreedClock, FirstRank, together
 from kvcached.engines.sglang.slots import PrefixCache, SlotPages, Slots, blocks_for
 from kvcached.errors import EngineError
+from kvcached.group import grouped
 from kvcached.ledger import Account
 from kvcached.units import format_size
 from kvcached.vmm_ops import Blocks
@@ -31,7 +35,8 @@ class ElasticEngine:
     """Joins the blocks that SGLang's allocator hands out with the pages under them.
 
     The scheduler and the worker of an SGLang engine are one process, so commands go straight to
-    the mapper, before the step that needs them. Every method runs on the scheduler's thread.
+    the mapper, before the step that needs them. Every method runs on the scheduler's thread. With
+    several ranks each has one of these, and all decide alike (``ranks``).
 
     Steps in flight: a step that was launched may still touch slots that were freed since. What it
     uses is known to be done when its result was processed; pages are unmapped only then.
@@ -41,9 +46,11 @@ class ElasticEngine:
         build = memory.build
         self.build = build
         self.memory = memory
-        page_bytes = memory.layout.page_bytes
-        self.account = build.ledger.join(build.instance, build.name, page_bytes)
-        apply_settings(memory, self.account)
+        page_bytes = memory.layout.page_bytes * build.devices.ranks_each
+        self.accounts = _join(memory, page_bytes) if build.number == 0 else []
+        """What this process alone schedules for, one a device; empty on all ranks but the first."""
+        self.account = _agreed(build, self.accounts, page_bytes)
+        self._clock = None if build.rank is None else AgreedClock(build.rank)
         self.pages = SlotPages(
             Blocks(memory.layout.num_blocks, memory.layout.blocks_per_page),
             self.account,
@@ -51,6 +58,7 @@ class ElasticEngine:
             warm_low=build.config.warm_low,
             warm_high=build.config.warm_high,
             preempt=build.config.preempt,
+            clock=self._clock or time.monotonic,
             on_evict=lambda _: None,
         )
         self.slots = Slots(self.pages, self.account)
@@ -90,14 +98,15 @@ class ElasticEngine:
         self._stream = stream
         self.build.measure()
         self.account.set_ready()
+        ledgers = self.build.ledgers.values()
         logger.info(
             "kvcached: %s on %s: %d blocks of %s, pages of %s, capacity %s",
             self.build.name,
-            self.build.ledger.device,
+            ", ".join(ledger.device for ledger in ledgers),
             self.memory.layout.num_blocks,
-            format_size(self.memory.block_bytes),
+            format_size(self.memory.block_bytes * self.build.devices.ranks_each),
             format_size(self.pages.page_bytes),
-            format_size(self.build.ledger.capacity),
+            ", ".join(format_size(ledger.capacity) for ledger in ledgers),
         )
 
     def most_tokens(self) -> int:
@@ -106,8 +115,11 @@ class ElasticEngine:
 
     # --- a step
 
+    @together
     def begin_step(self) -> None:
         """Before SGLang decides what runs next."""
+        if self._clock is not None:
+            self._clock.turn()
         self._freed = self.account.freed_seq
         self.slots.short = False
         self.slots.begin_promises()
@@ -115,6 +127,7 @@ class ElasticEngine:
             self.pages.relieve()
             self._note_drops()
 
+    @together
     def end_step(self, chunk_left: int, waiting: Sequence[int], runs: bool) -> None:
         """After it. ``chunk_left`` are the tokens of a prompt that is taken in pieces and has more
         to come: memory for them stays set aside. ``waiting`` are the prompts' lengths in line.
@@ -131,16 +144,19 @@ class ElasticEngine:
             self.account.set_demand(0)
         self.settle(idle=not runs)
 
+    @together
     def launch(self) -> None:
         """Right before a step is launched: its pages are mapped when this returns."""
         self._flush()
         self._launched += 1
 
+    @together
     def finish(self) -> None:
         """The result of the step that was launched first of those in flight was processed."""
         self._finished += 1
         self.settle(idle=False)
 
+    @together
     def idle(self, waits: bool) -> None:
         """Nothing runs and nothing is in flight. ``waits``: requests wait, for memory."""
         self._finished = self._launched
@@ -151,6 +167,7 @@ class ElasticEngine:
         if waits and self.slots.short:
             self.account.wait_freed(self._freed, WAIT_S)
 
+    @together
     def wants_idle(self) -> bool:
         """Whether an engine at rest has something to do. Cheap: asked in each turn of its loop."""
         pages = self.pages
@@ -188,14 +205,30 @@ class ElasticEngine:
         self.pages.publish()
 
 
-def apply_settings(memory: KvMemory, account: Account) -> None:
-    """Tells the ledger what the environment says about this engine, and what its pages are."""
+def _join(memory: KvMemory, page_bytes: int) -> list[Account]:
+    """The engine's accounts on all of its devices. What the environment says about the engine, and
+    what its pages are, is told to the ledgers.
+    """
     build = memory.build
-    ledger, config = build.ledger, build.config
-    if config.limit is not None:
-        ledger.set_limit(build.instance, config.limit.of(ledger.capacity))
-    if guarantee := config.guarantee.of(ledger.capacity):
-        ledger.set_guarantee(build.instance, guarantee)
-    if config.weight != 1.0:
-        ledger.set_weight(build.instance, config.weight)
-    account.describe(memory.block_bytes, memory.block_tokens, memory.layout.page_bytes)
+    config, each = build.config, build.devices.ranks_each
+    accounts = []
+    for ledger in build.ledgers.values():
+        account = ledger.join(build.instance, build.name, page_bytes)
+        if config.limit is not None:
+            ledger.set_limit(build.instance, config.limit.of(ledger.capacity))
+        if guarantee := config.guarantee.of(ledger.capacity):
+            ledger.set_guarantee(build.instance, guarantee)
+        if config.weight != 1.0:
+            ledger.set_weight(build.instance, config.weight)
+        account.describe(memory.block_bytes * each, memory.block_tokens, page_bytes)
+        accounts.append(account)
+    return accounts
+
+
+def _agreed(build: Build, accounts: Sequence[Account], page_bytes: int) -> Account | AgreedAccount:
+    """What the engine asks: its account, or that of all of its ranks."""
+    if build.rank is None:
+        return accounts[0]
+    if isinstance(build.rank, FirstRank):
+        build.rank.accounts = grouped(accounts, page_bytes)
+    return AgreedAccount(build.rank)

@@ -47,7 +47,10 @@ def allocators_0_4(tokens: str, paged: str) -> dict[str, str]:
     }
 
 
+_RANKS = {"sglang.srt.distributed.parallel_state:get_tp_group": ""}
+
 V0_4 = {
+    **_RANKS,
     **of(
         SCHEDULER,
         {
@@ -80,6 +83,7 @@ V0_4 = {
 }
 
 V0_5 = {
+    **_RANKS,
     f"{SCHEDULER}.run_batch": "self, batch, pp_proxy_tensors=",
     f"{SCHEDULER}.process_batch_result": "self, batch, result",
     f"{ADDER}.add_one_req": "self, req, has_chunked_req, truncation_align_size",

@@ -8,24 +8,32 @@ import threading
 from typing import Any
 
 from kvcached.engines import surroundings
+from kvcached.engines.devices import Device
 from kvcached.engines.sglang.engine import ElasticEngine
 from kvcached.journal import Journal
+from kvcached.ledger import Account, Ledger
 
 
 def follow(engine: ElasticEngine, sleeper: Any) -> None:
-    """Wakes the engine when others want memory.
+    """Wakes the engine when others want memory on any of its devices. Of several ranks the first
+    looks, and the others do what it does.
 
     SGLang's loop turns all the time, and then looks at the pressure in each turn; or it sleeps
     in a poll over its sockets (``--sleep-on-idle``): then one more descriptor joins them.
     """
     bell = None
-    if sleeper is not None:
+    if sleeper is not None and engine.accounts:
         bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         sleeper.poller.register(bell, _POLLIN)
         sleeper.maybe_sleep = _answering(sleeper.maybe_sleep, bell)
-    threading.Thread(
-        target=_follow, args=(engine, bell), name="kvcached-pressure", daemon=True
-    ).start()
+    build = engine.build
+    for account, place in zip(engine.accounts, build.devices.distinct, strict=False):
+        threading.Thread(
+            target=_follow,
+            args=(account, build.ledgers[place.name], place, build.instance, bell),
+            name="kvcached-pressure",
+            daemon=True,
+        ).start()
 
 
 _POLLIN = 1  # zmq.POLLIN
@@ -40,11 +48,12 @@ def _answering(maybe_sleep: Any, bell: int) -> Any:
     return sleep
 
 
-def _follow(engine: ElasticEngine, bell: int | None) -> None:
-    account, ledger = engine.account, engine.build.ledger
-    memory = engine.build.device.memory
+def _follow(
+    account: Account, ledger: Ledger, place: Device, instance: str, bell: int | None
+) -> None:
+    memory = place.memory
     seen = account.pressure_seq
-    journal = Journal(ledger, engine.build.instance)
+    journal = Journal(ledger, instance)
     while ledger.core.usable:
         now = account.wait_pressure(seen, surroundings.tick_s(memory))
         if now == seen and not surroundings.look_around(ledger, memory):

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from kvcached.engines.sglang.ranks import AgreedAccount, together
 from kvcached.ledger import Account
 from kvcached.pages import PagePool
 from kvcached.units import ceil_div
@@ -130,7 +131,7 @@ class Slots:
     taken by another process before the allocation that follows.
     """
 
-    def __init__(self, pages: SlotPages, account: Account) -> None:
+    def __init__(self, pages: SlotPages, account: Account | AgreedAccount) -> None:
         self.pages = pages
         self.blocks = pages.blocks
         self.account = account
@@ -155,6 +156,7 @@ class Slots:
         """Blocks that can be handed out at once."""
         return self.blocks.available() + len(self._aside)
 
+    @together
     def available(self) -> int:
         """Blocks as SGLang should see them at this moment."""
         if self._view is View.COUNTING:
@@ -197,6 +199,7 @@ class Slots:
 
     # --- handing out
 
+    @together
     def alloc(self, count: int) -> list[int] | None:
         """``count`` blocks, those set aside first; None where memory is short."""
         missing = count - len(self._aside)
@@ -215,6 +218,7 @@ class Slots:
         self.blocks.free(ids)
         self._used.difference_update(ids)
 
+    @together
     def secure(self, count: int) -> bool:
         """Sets blocks aside until they are ``count``; False where memory is short."""
         missing = count - len(self._aside)
@@ -251,6 +255,7 @@ class Slots:
         """A pass of admission begins; what is set aside is promised already."""
         self._promised = len(self._aside)
 
+    @together
     def promise(self, count: int) -> bool:
         """Sees to it that ``count`` blocks more than promised so far can be handed out before the
         next step, from free blocks or out of the cache as far as requests admitted so far do not
