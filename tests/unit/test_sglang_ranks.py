@@ -160,9 +160,21 @@ def test_a_busy_ledger_is_an_answer_too(meet: Meet) -> None:
 def test_ranks_that_went_different_ways_end(meet: Meet, ledgers: tuple[Ledger, Ledger]) -> None:
     found = meet(2)
     with engine(ledgers, found):
-        AgreedAccount(found[0]).pressed()
-        with pytest.raises(EngineError, match="asks for lease where the first one asked for press"):
-            AgreedAccount(found[1]).lease(PAGE)
+        first, other = map(AgreedAccount, found)
+        first.pressed()
+        with pytest.raises(EngineError, match=r"for lease\(\d+,\) where the first .* for pressed"):
+            other.lease(PAGE)
+
+
+def test_the_same_question_about_something_else_is_another_way(
+    meet: Meet, ledgers: tuple[Ledger, Ledger]
+) -> None:
+    found = meet(2)
+    with engine(ledgers, found):
+        first, other = map(AgreedAccount, found)
+        first.lease(PAGE)
+        with pytest.raises(EngineError, match="went different ways"):
+            other.lease(2 * PAGE)
 
 
 @pytest.mark.parametrize("dead", [0, 1])

@@ -19,8 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import astuple
 from typing import Any, ParamSpec, TypeVar
 
 from kvcached.errors import EngineError, LedgerBusyError
@@ -29,51 +28,24 @@ from kvcached.policy import Target
 GATHER_S = 60.0
 """How long the first rank waits for the others, which are at the same point of their start."""
 
-Values = tuple[Any, ...]
+# The questions, and what an answer to each looks like on its way.
+_ANSWERS = {
+    **{name: struct.Struct("<?") for name in ("lease", "pressed")},
+    **{name: struct.Struct("<q") for name in ("leasable", "ceiling", "charge", "others_demand")},
+    **{name: struct.Struct("<q") for name in ("version", "reap", "asked")},
+    **{name: struct.Struct("<q") for name in ("freed_seq", "wait_freed")},
+    "now": struct.Struct("<d"),
+    "target": struct.Struct("<5q"),
+}
+_NAMES = ("", *_ANSWERS)
+_NUMBERS = {name: number for number, name in enumerate(_NAMES)}
+_BUSY = 0  # no question's number: the ledger's lock could not be had in time
+_HEAD = struct.Struct("<BI")
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """How the answer to a question travels."""
-
-    number: int
-    body: struct.Struct
-    pack: Callable[[Any], Values]
-    unpack: Callable[[Values], Any]
-
-
-def _one(value: Any) -> Values:
-    return (value,)
-
-
-def _first(values: Values) -> Any:
-    return values[0]
-
-
-def _of_target(plan: Target) -> Values:
-    return plan.share, plan.give, plan.owed, plan.grant, plan.coming
-
-
-def _kinds() -> dict[str, _Kind]:
-    flags, floats = ("lease", "pressed"), ("now",)
-    numbers = ("leasable", "ceiling", "charge", "others_demand", "version", "asked", "freed_seq")
-    bodies = {
-        **dict.fromkeys(flags, "<?"),
-        **dict.fromkeys(floats, "<d"),
-        **dict.fromkeys((*numbers, "reap", "wait_freed"), "<q"),
-    }
-    found = {
-        name: _Kind(number, struct.Struct(body), _one, _first)
-        for number, (name, body) in enumerate(sorted(bodies.items()), start=1)
-    }
-    unpack_target: Callable[[Values], Target] = lambda values: Target(*values)  # noqa: E731
-    found["target"] = _Kind(len(found) + 1, struct.Struct("<5q"), _of_target, unpack_target)
-    return found
-
-
-_KINDS = MappingProxyType(_kinds())
-_NAMES = {kind.number: name for name, kind in _KINDS.items()}
-_BUSY = 0  # the ledger's lock could not be had in time: an answer, too
+def _head(question: str, arguments: Sequence[Any]) -> bytes:
+    """What goes before an answer: its question, by its number and what its arguments come to."""
+    return _HEAD.pack(_NUMBERS[question], hash(tuple(arguments)) & 0xFFFFFFFF)
 
 
 class Rank(ABC):
@@ -118,13 +90,13 @@ class FirstRank(Rank):
         self.accounts: Any = None  # whom it asks, once they exist
 
     def ask(self, question: str, *arguments: Any) -> Any:
-        kind = _KINDS[question]
         try:
             answer = self._answer(question, arguments)
         except LedgerBusyError:
-            self._send(bytes((_BUSY,)))
+            self._send(_HEAD.pack(_BUSY, 0))
             raise
-        self._send(bytes((kind.number,)) + kind.body.pack(*kind.pack(answer)))
+        values = astuple(answer) if isinstance(answer, Target) else (answer,)
+        self._send(_head(question, arguments) + _ANSWERS[question].pack(*values))
         return answer
 
     def _answer(self, question: str, arguments: Sequence[Any]) -> Any:
@@ -174,16 +146,16 @@ class OtherRank(Rank):
         first.close()  # the file keeps it open
 
     def ask(self, question: str, *arguments: Any) -> Any:
-        kind = _KINDS[question]
-        number = self._read(1)[0]
-        if number == _BUSY:
+        head = self._read(_HEAD.size)
+        if head[0] == _BUSY:
             raise LedgerBusyError("the ledger's lock could not be had in time, says the first rank")
-        if number != kind.number:
+        if head != _head(question, arguments):
             raise EngineError(
                 f"kvcached: the ranks of this engine went different ways: this one asks for "
-                f"{question} where the first one asked for {_NAMES.get(number, number)}"
+                f"{question}{arguments} where the first one asked for {_NAMES[head[0]]}"
             )
-        return kind.unpack(kind.body.unpack(self._read(kind.body.size)))
+        values = _ANSWERS[question].unpack(self._read(_ANSWERS[question].size))
+        return Target(*values) if question == "target" else values[0]
 
     def say(self, statement: str, *arguments: Any) -> None:
         pass  # the first rank says it
