@@ -224,8 +224,8 @@ void AccountHandle::publish(int64_t in_use, int64_t cached, int64_t warm, bool w
   segment_->changed();
 }
 
-void AccountHandle::set_ready(bool ready) {
-  if (usable()) row().scheduler.ready.store(ready ? 1 : 0);
+void AccountHandle::set_state(uint32_t state) {
+  if (usable()) row().scheduler.state.store(state);
 }
 
 void AccountHandle::describe(int64_t block_bytes, int64_t block_tokens, int64_t page_bytes) {

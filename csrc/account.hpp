@@ -62,7 +62,7 @@ class AccountHandle {
   void set_demand(int64_t size_bytes);
   void press();  // wakes those who may have to give something back
   void publish(int64_t in_use, int64_t cached, int64_t warm, bool working);
-  void set_ready(bool ready);
+  void set_state(uint32_t state);  // see layout::Scheduler
   void describe(int64_t block_bytes, int64_t block_tokens, int64_t page_bytes);
   void count_reclaimed(int64_t size_bytes);
   // Blocks since the account was joined; see layout::Counters.

@@ -32,7 +32,7 @@ struct AccountView {
   uint32_t row;
   std::string instance, name;
   uint32_t owner_pid;
-  bool owner_alive, ready;
+  bool owner_alive, ready, asleep;
   int64_t guarantee, limit, pinned;
   double weight;
   int64_t leased, created, charge, in_use, cached, warm, demand;

@@ -22,6 +22,7 @@ constexpr size_t kInstanceSize = 48;
 constexpr size_t kNameSize = 64;
 constexpr size_t kLine = 64;
 constexpr size_t kWaitBuckets = 13;
+constexpr uint32_t kAsleep = 2;  // a state of an owner's engine
 constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 
 using U32 = std::atomic<uint32_t>;
@@ -129,7 +130,7 @@ struct alignas(kLine) Scheduler {
   I64 cached;
   I64 warm;
   I64 demand;
-  U32 ready;
+  U32 state;     // of its engine: 0 while it starts, 1 once it serves, kAsleep
   U32 working;   // 1 while requests run: what is cached is part of what it works with
   I64 answered;  // how far it has followed `asked`
 };

@@ -113,7 +113,7 @@ Status Segment::claim_owner(uint32_t index) {
                                " has an owner, process " + std::to_string(row.pid.load())};
   }
   row.in_use = row.cached = row.warm = row.demand = 0;
-  row.ready = row.working = 0;
+  row.state = row.working = 0;
   row.answered = charges::load(account(index).settings.asked);
   row.pid = static_cast<uint32_t>(getpid());
   // What members created before there was an owner is leased from now on, so the charge stays.

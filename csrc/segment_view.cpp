@@ -21,7 +21,8 @@ AccountView Segment::view_account(uint32_t index) const {
   view.instance = text(row.name.instance);
   view.name = text(row.name.name);
   view.owner_pid = charges::used(row.scheduler.claimed) ? row.scheduler.pid.load() : 0;
-  view.ready = charges::used(row.scheduler.ready);
+  view.ready = charges::used(row.scheduler.state);
+  view.asleep = row.scheduler.state.load(std::memory_order_acquire) == layout::kAsleep;
   view.guarantee = charges::load(row.settings.guarantee);
   view.limit = charges::load(row.settings.limit);
   view.pinned = charges::load(row.name.pinned);

@@ -80,6 +80,7 @@ py::dict account_dict(const AccountView& view) {
   out["owner_pid"] = view.owner_pid == 0 ? py::object(py::none()) : py::int_(view.owner_pid);
   out["owner_alive"] = view.owner_alive;
   out["ready"] = view.ready;
+  out["asleep"] = view.asleep;
   out["guarantee"] = view.guarantee;
   out["limit"] = view.limit == layout::kNoLimit ? py::object(py::none()) : py::int_(view.limit);
   out["weight"] = view.weight;
@@ -279,7 +280,7 @@ void bind_account(py::module_& module) {
       .def("set_demand",
            [](AccountHandle& account, int64_t size) { account.set_demand(checked(size)); })
       .def("publish", &AccountHandle::publish)
-      .def("set_ready", &AccountHandle::set_ready)
+      .def("set_state", &AccountHandle::set_state)
       .def("describe", &AccountHandle::describe)
       .def("count_reclaimed", &AccountHandle::count_reclaimed)
       .def("publish_cache", &AccountHandle::publish_cache)

@@ -18,6 +18,8 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "ledger": "a ledger was seen for the first time",
         "joined": "an instance has an account",
         "ready": "its engine serves",
+        "asleep": "its engine sleeps: the weights have left the device",
+        "awake": "it serves again",
         "left": "an instance ended as it should, and its account is gone",
         "died": "all processes of an instance are dead; its account is still there",
         "reaped": "the account of a dead instance was cleared",
@@ -103,11 +105,15 @@ def _changes(
         yield "joined", {**_pid(new), **settings}
         if new.ready:
             yield "ready", {}
+        if new.asleep:
+            yield "asleep", {}
         if not new.alive:
             yield "died", {}
         return
     if new.ready and not old.ready:
         yield "ready", {}
+    if new.asleep != old.asleep:
+        yield "asleep" if new.asleep else "awake", {}
     if old.alive and not new.alive:
         yield "died", _pid(old)
     for setting in ("limit", "guarantee", "weight"):

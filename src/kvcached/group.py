@@ -136,6 +136,11 @@ class AccountGroup:
         for account in self.accounts:
             account.set_ready(ready)
 
+    def set_asleep(self, asleep: bool) -> None:
+        """Tells tools that the engine sleeps, or serves again."""
+        for account in self.accounts:
+            account.set_asleep(asleep)
+
     def describe(self, block_bytes: int, block_tokens: int, page_bytes: int) -> None:
         """Says what the instance's blocks and pages are, on each device."""
         for account in self.accounts:

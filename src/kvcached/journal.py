@@ -26,6 +26,8 @@ LEAST_S = 1.0
 LEVELS = {
     "joined": logging.INFO,
     "ready": logging.DEBUG,
+    "asleep": logging.INFO,
+    "awake": logging.INFO,
     "left": logging.INFO,
     "died": logging.WARNING,
     "reaped": logging.INFO,

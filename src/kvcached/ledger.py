@@ -284,7 +284,13 @@ class Account(Closing):
 
     def set_ready(self, ready: bool = True) -> None:
         """Tells tools that the engine serves now."""
-        self.core.set_ready(ready)
+        self.core.set_state(int(ready))
+
+    def set_asleep(self, asleep: bool) -> None:
+        """Tells tools that the engine, which served, sleeps: its weights are not on the device; or
+        that it serves again.
+        """
+        self.core.set_state(2 if asleep else 1)
 
     def describe(self, block_bytes: int, block_tokens: int, page_bytes: int) -> None:
         """Says what the account's blocks and pages are, so that others can tell what fits."""

@@ -47,6 +47,8 @@ class AccountSnapshot:
     owner_alive: bool
     ready: bool
     """The owner has said that the engine serves; False while it starts."""
+    asleep: bool
+    """It has said since that the engine sleeps: its weights are not on the device."""
     guarantee: int
     limit: int | None
     """None: only the device's capacity limits it."""

@@ -82,6 +82,7 @@ def device_facts(directory: Path, device: str, name: str | None) -> dict[str, in
             "block_tokens": account.block_tokens,
             "high_water": snapshot.high_water,
             "capacity": snapshot.capacity,
+            "asleep": account.asleep,
         }
 
 

@@ -26,9 +26,10 @@ def test_it_gives_everything_back_makes_no_step_and_answers_as_before(
     assert (name, asleep) == ("EngineError", False), "refused before anything was paused"
     assert "--enable-sleep-mode" in said
     assert found["loaded"]["charge"] > found["loaded"]["pinned"]
+    assert found["loaded"]["asleep"] == 0
     for level in "12":
         asleep, facts = found[f"asleep {level}"]
-        assert asleep
+        assert asleep and facts["asleep"] == 1
         assert facts["charge"] == facts["created"] == facts["physical"] == facts["pinned"]
         assert found[f"waited {level}"]
         assert found[f"refused {level}"] == ["OutOfMemoryError", "there is no room", True]

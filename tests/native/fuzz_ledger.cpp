@@ -313,7 +313,7 @@ class Program {
       case 12:
         return account.publish(in_.size(), in_.size(), in_.size(), which % 2 == 0);
       case 13:
-        return account.set_ready(true);
+        return account.set_state(1);
       case 14:
         return account.describe(in_.size(), in_.size(), in_.size());
       case 15:

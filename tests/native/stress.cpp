@@ -178,7 +178,7 @@ void read(Instance& instance, uint64_t seed) {
     (void)account.version();
     if (account.standings().accounts.empty()) fail("no standings");
     account.describe(1024, 16, kPageBytes);
-    account.set_ready(dice.chance(0.5));
+    account.set_state(dice.chance(0.5));
     account.count_reclaimed(1);
     MapperCounters counters;
     must(instance.mapper->counters(&counters), "counters");

@@ -90,6 +90,21 @@ def test_bars_are_to_scale(folder: Path, ledger: Ledger, engines: dict[str, Engi
     assert text.bar(line, PAGES) == expected
 
 
+def test_a_sign_says_what_is_not_at_work(folder: Path, ledger: Ledger) -> None:
+    def name() -> str:
+        (view,) = Looks().take([ledger.snapshot()], 0.0)
+        return next(text.name_of(each) for each in view.lines if "sleepy" in each.account.name)
+
+    with ledger.join("sleepy", "sleepy") as account:
+        assert name() == "~sleepy"
+        account.set_ready()
+        assert name() == "sleepy"
+        account.set_asleep(True)
+        assert name() == "zsleepy"
+        account.set_asleep(False)
+        assert name() == "sleepy"
+
+
 def test_rates_are_pages_a_second(folder: Path, ledger: Ledger, engines: dict[str, Engine]) -> None:
     looks = Looks()
     looks.take([ledger.snapshot()], 10.0)

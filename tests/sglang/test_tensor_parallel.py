@@ -21,8 +21,11 @@ pytestmark = pytest.mark.engine
 
 SMALL, LARGE = 2 * MIB, 3 * MIB  # far less than all requests need at once
 CORES = sorted(os.sched_getaffinity(0))
-# SGLang wants to know which cores a rank may use where there are fewer NUMA nodes than ranks.
-BOUND = {"SGLANG_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}"}
+RANKS = {
+    # SGLang wants to know which cores a rank may use where there are fewer NUMA nodes than ranks.
+    "SGLANG_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}",
+    "GLOO_SOCKET_IFNAME": "lo",  # ranks meet on this machine, whatever its name resolves to
+}
 
 
 def job(model: Path, **more: Any) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def elastic(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
     """Rank 0 is on the larger device, which has the second name."""
     folder = tmp_path_factory.mktemp("tp")
     names = f"host:tp-a-{os.getpid()}", f"host:tp-b-{os.getpid()}"
-    changes = switched_on(folder, 0, "tp", KVCACHED_VIRTUAL=str(64 * MIB), **BOUND)
+    changes = switched_on(folder, 0, "tp", KVCACHED_VIRTUAL=str(64 * MIB), **RANKS)
     del changes["KVCACHED_CAPACITY"]
     changes["KVCACHED_DEVICE"] = ",".join(reversed(names))
     with (
@@ -88,7 +91,7 @@ def test_the_death_of_a_rank_ends_the_other_and_its_bytes_come_back(elastic: Ela
 def test_ranks_on_one_device_have_one_account(
     model: Path, tmp_path: Path, reference: list[list[int]], arguments: dict[str, Any]
 ) -> None:
-    changes = switched_on(tmp_path, 2 * SMALL, KVCACHED_VIRTUAL=str(64 * MIB), **BOUND)
+    changes = switched_on(tmp_path, 2 * SMALL, KVCACHED_VIRTUAL=str(64 * MIB), **RANKS)
     with Engine(tmp_path / "engine", job(model, arguments=arguments), changes) as process:
         result = process.answer()
     assert result["outputs"] == [reference, reference]

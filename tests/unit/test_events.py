@@ -46,6 +46,10 @@ def test_an_instance_from_its_start_to_its_end(ledger: Ledger) -> None:
     account.set_ready()
     assert looks.kinds() == ["ready"]
     assert looks.kinds() == []
+    account.set_asleep(True)
+    assert looks.kinds() == ["asleep"]
+    account.set_asleep(False)
+    assert looks.kinds() == ["awake"]
     ledger.set_limit("chat", 40 * MIB)
     ledger.set_weight("chat", 2.5)
     limit, weight = looks.events()

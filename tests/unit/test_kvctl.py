@@ -49,7 +49,9 @@ def test_list_shows_every_device_and_every_number(ledger: Ledger, engine: Engine
     assert found["device"] == DEVICE and found["charge"] == 13 * PAGE == account["charge"]
     assert found["free"] == 3 * PAGE and account["misses"] == 12 * PER_PAGE
     table = run("list")
-    assert table.code == 0 and "chat" in table.out and "832 KiB" in table.out
+    assert table.code == 0 and "chat (starts)" in table.out and "832 KiB" in table.out
+    engine.one.account.set_asleep(True)
+    assert "chat (asleep)" in run("list").out
     with Ledger.open(ledger.path.parent, "host:other", PAGE):
         several = run("list", "--json").json["devices"]
         assert [each["device"] for each in several] == ["host:other", DEVICE]

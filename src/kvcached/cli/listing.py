@@ -95,6 +95,8 @@ def label(account: AccountSnapshot) -> str:
         return f"{name} (dead)"
     if account.kept:
         return f"{name} (keeps {format_size(account.kept)})"
+    if account.asleep:
+        return f"{name} (asleep)"
     return name if account.ready else f"{name} (starts)"
 
 

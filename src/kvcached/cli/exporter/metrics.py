@@ -42,6 +42,8 @@ OF_DEVICE: tuple[tuple[str, str, Callable[[LedgerSnapshot], Number]], ...] = (
 OF_INSTANCE: tuple[tuple[str, str, Callable[[AccountSnapshot], Number | None]], ...] = (
     ("alive", "1 while any process of the instance lives.", lambda a: int(a.alive)),
     ("ready", "1 once the engine serves.", lambda a: int(a.ready and a.alive)),
+    ("asleep", "1 while the engine sleeps, without its weights.",
+     lambda a: int(a.asleep and a.alive)),
     ("charged_bytes", "Memory that counts against the device's capacity.", lambda a: a.charge),
     ("created_bytes", "Memory that exists for the instance.", lambda a: a.created),
     ("demand_bytes", "Memory wanted that could not be leased.", lambda a: a.demand),

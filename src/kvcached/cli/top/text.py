@@ -62,8 +62,9 @@ def bar(line: Line, width: int) -> str:
 
 def name_of(line: Line) -> str:
     """With a sign for what is not at work."""
-    sign = "" if line.account.alive and line.account.ready else "~" if line.account.alive else "✝"
-    return sign + one_line(line.account.name)
+    account = line.account
+    sign = "z" if account.asleep else "" if account.ready else "~"
+    return (sign if account.alive else "✝") + one_line(account.name)
 
 
 def cells(line: Line, bar_width: int) -> tuple[str, ...]:

@@ -216,6 +216,11 @@ class ElasticScheduler:
 
     # --- ours
 
+    def note_asleep(self, asleep: bool) -> None:
+        """vLLM's sleep mode has done, or tried, what it was told to."""
+        self.asleep = asleep
+        self.account.set_asleep(asleep)
+
     def fall_asleep(self) -> Commands | None:
         """Gives up every page that no request uses, and makes no step until the engine wakes.
         Returns commands that the caller carries.

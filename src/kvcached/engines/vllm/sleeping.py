@@ -51,7 +51,7 @@ def _falling_asleep(executor: Any, scheduler: ElasticScheduler) -> Callable[...,
         try:
             vllms(*args, **kwargs)
         finally:
-            scheduler.asleep = bool(executor.is_sleeping)
+            scheduler.note_asleep(bool(executor.is_sleeping))
 
     return sleep
 
@@ -69,6 +69,6 @@ def _waking(executor: Any, scheduler: ElasticScheduler) -> Callable[..., None]:
         try:
             vllms(tags)
         finally:
-            scheduler.asleep = bool(executor.is_sleeping)
+            scheduler.note_asleep(bool(executor.is_sleeping))
 
     return wake_up
