@@ -15,9 +15,16 @@ import pytest
 from sgl_harness import MIB, Engine, switched_on, wait_until
 from two_devices import TwoDevices, check_came_back
 
+from kvcached.engines.sglang import adapter
 from kvcached.ledger import Ledger
 
-pytestmark = pytest.mark.engine
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(
+        adapter.running_version().startswith("0.4"),
+        reason="SGLang 0.4 gathers wrong logits from two ranks on a CPU without its kernels",
+    ),
+]
 
 SMALL, LARGE = 2 * MIB, 3 * MIB  # far less than all requests need at once
 CORES = sorted(os.sched_getaffinity(0))
