@@ -85,8 +85,10 @@ def test_a_limit_lowered_below_a_running_request_ends_it_with_both_numbers(
     thread = threading.Thread(target=ask)
     with Load(pair.a, 2, max_tokens=24) as load:
         thread.start()
-        wait_until(lambda: pair.a.metric("vllm:num_requests_running") > 2, 60, "they run")
         limit = 12 * account.page_bytes
+        # By the ledger: on busy cores a server answers no metrics for as long as both samples last.
+        # The short requests alone hold less.
+        wait_until(lambda: pair.account(pair.a).in_use >= 5 * limit // 2, 60, "both run")
         pair.ledger.set_limit("a", limit)
         try:
             thread.join(60)
@@ -100,7 +102,7 @@ def test_a_limit_lowered_below_a_running_request_ends_it_with_both_numbers(
     needed, allowed = said_numbers(large.text)
     assert needed > allowed == limit // account.block_bytes - 1
     assert load.failures() == [] and load.wrong(plain) == []
-    wait_until(lambda: pair.a.metric("vllm:num_requests_running") == 0, 2, "no sample is left")
+    wait_until(lambda: pair.a.metric("vllm:num_requests_running") == 0, 10, "no sample is left")
 
 
 def test_a_caller_in_the_engines_process_finds_the_reason(model: Path, tmp_path: Path) -> None:
