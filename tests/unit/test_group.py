@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from page_pools import PAGE, PER_PAGE
 
+from kvcached.config import Config
+from kvcached.engines.devices import join
 from kvcached.group import AccountGroup, grouped
 from kvcached.ledger import Account, Ledger
 from kvcached.pages import PagePool
@@ -320,3 +322,15 @@ def test_everyone_gets_on_whatever_the_order(
     assert longest < 120, "no request waits long where others end after 40 steps at most"
     for ledger in ledgers.values():
         ledger.close()
+
+
+def test_an_engine_joins_every_device_as_its_environment_says(
+    ledgers: tuple[Ledger, Ledger],
+) -> None:
+    said = {"KVCACHED_LIMIT": "50%", "KVCACHED_GUARANTEE": "25%", "KVCACHED_WEIGHT": "2.5"}
+    accounts = join(Config.from_env(said), ledgers, "id", "chat", PAGE)
+    for ledger, account, pages in zip(ledgers, accounts, (PAGES_A, PAGES_B), strict=True):
+        assert account.device == ledger.device
+        seen = ledger.snapshot().account("id")
+        assert seen is not None and (seen.name, seen.pinned, seen.weight) == ("chat", PAGE, 2.5)
+        assert (seen.limit, seen.guarantee) == (pages * PAGE // 2, pages * PAGE // 4)

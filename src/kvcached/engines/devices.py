@@ -10,7 +10,7 @@ import logging
 import resource
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvcached import devices, nvml
@@ -18,7 +18,7 @@ from kvcached.config import Config, default_capacity
 from kvcached.errors import EngineError, LedgerError
 from kvcached.foreign import Memory
 from kvcached.layout import CUDA_LIMITS, HOST_LIMITS, PageLimits, max_arena_mappings
-from kvcached.ledger import Ledger
+from kvcached.ledger import Account, Ledger
 from kvcached.units import MIB, format_size
 from kvcached.vmm_ops import Backend, cuda_backend, host_backend
 
@@ -228,3 +228,21 @@ def open_ledger(config: Config, device: Device) -> Ledger:
 def open_ledgers(config: Config, devices: Devices) -> list[Ledger]:
     """The ledger of each distinct device; see ``open_ledger``."""
     return [open_ledger(config, device) for device in devices.distinct]
+
+
+def join(
+    config: Config, ledgers: Iterable[Ledger], instance: str, name: str, page_bytes: int
+) -> list[Account]:
+    """An engine's accounts, one on each device, as the environment says about it: its limit, its
+    guarantee, its weight. Raises as ``Ledger.join`` and the setters of ``Ledger``.
+    """
+    accounts = []
+    for ledger in ledgers:
+        accounts.append(ledger.join(instance, name, page_bytes))
+        if config.limit is not None:
+            ledger.set_limit(instance, config.limit.of(ledger.capacity))
+        if guarantee := config.guarantee.of(ledger.capacity):
+            ledger.set_guarantee(instance, guarantee)
+        if config.weight != 1.0:
+            ledger.set_weight(instance, config.weight)
+    return accounts

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from kvcached.engines import devices
 from kvcached.engines.sglang.buffers import KvMemory
 from kvcached.engines.sglang.build import Build
 from kvcached.engines.sglang.ranks import AgreedAccount, AgreedClock, FirstRank, together
@@ -206,22 +207,13 @@ class ElasticEngine:
 
 
 def _join(memory: KvMemory, page_bytes: int) -> list[Account]:
-    """The engine's accounts on all of its devices. What the environment says about the engine, and
-    what its pages are, is told to the ledgers.
-    """
+    """The engine's accounts on all of its devices; the ledgers are told what its pages are."""
     build = memory.build
-    config, each = build.config, build.devices.ranks_each
-    accounts = []
-    for ledger in build.ledgers.values():
-        account = ledger.join(build.instance, build.name, page_bytes)
-        if config.limit is not None:
-            ledger.set_limit(build.instance, config.limit.of(ledger.capacity))
-        if guarantee := config.guarantee.of(ledger.capacity):
-            ledger.set_guarantee(build.instance, guarantee)
-        if config.weight != 1.0:
-            ledger.set_weight(build.instance, config.weight)
-        account.describe(memory.block_bytes * each, memory.block_tokens, page_bytes)
-        accounts.append(account)
+    ledgers = build.ledgers.values()
+    accounts = devices.join(build.config, ledgers, build.instance, build.name, page_bytes)
+    block_bytes = memory.block_bytes * build.devices.ranks_each
+    for account in accounts:
+        account.describe(block_bytes, memory.block_tokens, page_bytes)
     return accounts
 
 

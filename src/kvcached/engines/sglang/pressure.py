@@ -21,13 +21,15 @@ def follow(engine: ElasticEngine, sleeper: Any) -> None:
     SGLang's loop turns all the time, and then looks at the pressure in each turn; or it sleeps
     in a poll over its sockets (``--sleep-on-idle``): then one more descriptor joins them.
     """
+    if not engine.accounts:
+        return
     bell = None
-    if sleeper is not None and engine.accounts:
+    if sleeper is not None:
         bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         sleeper.poller.register(bell, _POLLIN)
         sleeper.maybe_sleep = _answering(sleeper.maybe_sleep, bell)
     build = engine.build
-    for account, place in zip(engine.accounts, build.devices.distinct, strict=False):
+    for account, place in zip(engine.accounts, build.devices.distinct, strict=True):
         threading.Thread(
             target=_follow,
             args=(account, build.ledgers[place.name], place, build.instance, bell),

@@ -43,15 +43,15 @@ _BUSY = 0  # no question's number: the ledger's lock could not be had in time
 _HEAD = struct.Struct("<BI")
 
 
-def _head(question: str, arguments: Sequence[Any]) -> bytes:
+def _head(question: str, arguments: tuple[Any, ...]) -> bytes:
     """What goes before an answer: its question, by its number and what its arguments come to."""
-    return _HEAD.pack(_NUMBERS[question], hash(tuple(arguments)) & 0xFFFFFFFF)
+    return _HEAD.pack(_NUMBERS[question], hash(arguments) & 0xFFFFFFFF)
 
 
 class Rank(ABC):
     """What a rank does with the questions and statements that concern the engine's accounts."""
 
-    def __init__(self, pids: Sequence[int] = ()) -> None:
+    def __init__(self, pids: Sequence[int]) -> None:
         self.pids = tuple(pids)
         """The processes of other ranks that this one has to do with."""
 

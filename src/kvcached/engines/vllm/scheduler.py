@@ -15,6 +15,7 @@ from vllm.v1.request import RequestStatus
 from kvcached.config import Config
 from kvcached.engines import signatures
 from kvcached.engines.base import substituted
+from kvcached.engines.devices import join
 from kvcached.engines.vllm import adapter, device, geometry, identity, selftest
 from kvcached.engines.vllm.never_fits import reason
 from kvcached.engines.vllm.pool import ElasticBlockPool, ElasticKVCacheManager
@@ -78,9 +79,8 @@ class ElasticScheduler:
         # What a device is charged: each rank there maps the page, with its part of each block.
         page_bytes = shape.page_bytes * devices.ranks_each
         self._block_bytes = shape.block_bytes * devices.ranks_each
-        self.accounts = [ledger.join(who.instance, who.name, page_bytes) for ledger in self.ledgers]
+        self.accounts = join(config, self.ledgers, who.instance, who.name, page_bytes)
         self.account = grouped(self.accounts, page_bytes)
-        self._apply_settings(config, who.instance)
         self.account.describe(self._block_bytes, shape.block_tokens, page_bytes)
         self.pages = PagePool(
             Blocks(shape.num_blocks, shape.blocks_per_page),
@@ -230,15 +230,6 @@ class ElasticScheduler:
         self.account.set_demand(0)
         self.pages.publish()
         return self.pages.take_commands()
-
-    def _apply_settings(self, config: Config, instance: str) -> None:
-        for ledger in self.ledgers:
-            if config.limit is not None:
-                ledger.set_limit(instance, config.limit.of(ledger.capacity))
-            if guarantee := config.guarantee.of(ledger.capacity):
-                ledger.set_guarantee(instance, guarantee)
-            if config.weight != 1.0:
-                ledger.set_weight(instance, config.weight)
 
     def _settle(self) -> None:
         if not self.asleep:  # what would be mapped ahead could not leave
