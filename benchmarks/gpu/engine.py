@@ -255,6 +255,28 @@ def _tensor_facts(worker: Any) -> dict[str, Any]:
     }
 
 
+def note_commands(worker: Any) -> list[list[float]]:
+    """From now on, what steps have mapped and unmapped, and how long they waited for it: rows of
+    the end on the monotonic clock, seconds, pages to unmap, to map, and to map ahead. The list
+    grows in this process.
+    """
+    rows: list[list[float]] = []
+    mapper = getattr(worker, "mapper", None)
+    if mapper is None:
+        return rows
+    apply = mapper.apply
+
+    def noted(commands: Any, stream: int = 0) -> None:
+        begun = time.monotonic()
+        apply(commands, stream)
+        end = time.monotonic()
+        sizes = len(commands.unmap), len(commands.map), len(commands.ahead)
+        rows.append([end, end - begun, *map(float, sizes)])
+
+    mapper.apply = noted
+    return rows
+
+
 def gpu_used_bytes() -> int:
     """What is in use on this process's GPU, by everybody."""
     import torch
@@ -317,6 +339,7 @@ def run(job: Job, folder: Path) -> None:
     # Whether the engine's CUDA context is this process's.
     here = not job.own_core and job.ranks == 1 and not job.on_host
     result["used_idle_bytes"] = gpu_used_bytes() if here else 0
+    commands = llm.collective_rpc(note_commands)[0] if here else []
     turns = take_turns(job, llm) if job.turns else None
     save()
     if job.ready_file:
@@ -335,6 +358,8 @@ def run(job: Job, folder: Path) -> None:
             result["work"][name] = SLEEPING[part](llm, None)
         else:
             result["work"][name] = WORK[name](llm, lose(job.loses) if job.loses else None)
+        result["work"][name]["commands"] = list(commands)
+        commands.clear()
         save()
     time.sleep(1.5)  # an idle engine gives back
     result["preemptions"] = sum(

@@ -70,10 +70,24 @@ def test_a_watch_notes_the_first_demand(tmp_path: Path) -> None:
 
 def test_engines_share_one_device(tmp_path: Path) -> None:
     model = Model("tiny", tmp_path, 4, 2, 64, 1000)
-    specs = reclaim._specs(tmp_path, model, 4, 1 << 20)
+    specs = reclaim._specs(tmp_path, model, 4, 1 << 20, "host:one", ("--seed", "3"))
     assert [spec.name for spec in specs] == ["a", "b", "c", "d"]
-    assert len({spec.environment["KVCACHED_DEVICE"] for spec in specs}) == 1
+    assert {spec.environment["KVCACHED_DEVICE"] for spec in specs} == {"host:one"}
     assert [spec.environment["KVCACHED_NAME"] for spec in specs] == ["a", "b", "c", "d"]
+    (words,) = {spec.arguments for spec in specs}
+    assert words[-2:] == ("--seed", "3") and "float32" in words
+    assert "dummy" in words and "--skip-tokenizer-init" in words, "the folder has neither"
+
+
+def test_on_a_gpu_engines_choose_the_one_that_is_visible(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).touch()
+    model = Model("tiny", tmp_path, 4, 2, 64, 1000)
+    for spec in reclaim._specs(tmp_path, model, 2, 1 << 20, "GPU-1", ()):
+        assert "KVCACHED_DEVICE" not in spec.environment
+        assert spec.environment["KVCACHED_HEADROOM"] == "0"
+        assert "bfloat16" in spec.arguments and "--enforce-eager" not in spec.arguments
+        assert "dummy" not in spec.arguments and "--skip-tokenizer-init" not in spec.arguments
 
 
 def test_the_command_prints_a_table_or_json(
@@ -108,9 +122,13 @@ def test_the_command_prints_a_table_or_json(
     assert "7.0 MiB a request" in table.output and "in 1.2 ms" in table.output
     assert (asked["instances"], asked["budget_bytes"], asked["model"]) == (4, 64 << 20, None)
     assert asked["kinds"] == ("idle", "busy")
+    assert (asked["gpu"], asked["engine_arguments"]) == (False, ())
     answer = CliRunner().invoke(app, [*arguments, "--json", "--only", "busy"])
     assert json.loads(answer.stdout)["idle"]["rounds"] == 3
     assert asked["kinds"] == ("busy",)
+    on_gpu = CliRunner().invoke(app, [*arguments, "--gpu", "--", "--seed", "3"])
+    assert on_gpu.exit_code == 0, on_gpu.output
+    assert (asked["gpu"], asked["engine_arguments"]) == (True, ["--seed", "3"])
 
 
 def test_watchers_are_there_and_cost_little() -> None:

@@ -7,7 +7,8 @@ to the first token, beside that of the same request on an empty device in the sa
 
 A neighbour at work evicts between two of its steps, so beside the first time stands the step of its
 that was running when memory was demanded, as its client sees it: from one token to the next. And
-beside all of it the kernel's own time for the same memory: its bare calls, in a loop.
+beside all of it, for the host's memory, the kernel's own time for as much: its bare calls, in a
+loop.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvcached import nvml
 from kvcached.bench.vmm import open_backend
+from kvcached.config import variable_of_an_engine
 from kvcached.demo.load import Result, Target, play
 from kvcached.demo.models import Model, describe, make_models
 from kvcached.demo.servers import EngineProcess, EngineSpec, running
@@ -158,21 +161,26 @@ def run(
     kinds: Sequence[str] = tuple(KINDS),
     budget_bytes: int = 0,
     model: Path | None = None,
+    gpu: bool = False,
+    engine_arguments: Sequence[str] = (),
     seed: int = 1,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Starts the engines and plays ``rounds`` rounds of each kind: with the neighbour at rest
     (``idle``) and at work (``busy``). ``model`` is a folder; the demo's small one is made if it is
-    None. A budget of 0 is room for eight requests. Blocks; needs vLLM. Raises KvcachedError.
+    None, and weights are made up where it has none. With ``gpu`` they share the first GPU that is
+    visible, and otherwise the host's memory. A budget of 0 is room for eight requests.
+    ``engine_arguments`` go to ``vllm serve``. Blocks; needs vLLM. Raises KvcachedError.
     """
     out.mkdir(parents=True, exist_ok=True)
     chosen = describe(model.name, model) if model else make_models(out.parent / "models")[1]
-    budget = budget_bytes or 8 * PROMPT_TOKENS * chosen.token_bytes
-    specs = _specs(out, chosen, instances, budget)
+    token_bytes = chosen.token_bytes // (2 if gpu else 1)  # in 16 bits there
+    budget = budget_bytes or 8 * PROMPT_TOKENS * token_bytes
+    device = _visible_gpu() if gpu else f"host:reclaim-{os.getpid()}"
+    specs = _specs(out, chosen, instances, budget, device, engine_arguments)
     with running(specs, say) as engines:
-        environment = specs[0].environment
-        place = Path(environment["KVCACHED_DIR"]), environment["KVCACHED_DEVICE"]
-        with Ledger.open(*place, create=False, read_only=True) as ledger:
+        directory = Path(specs[0].environment["KVCACHED_DIR"])
+        with Ledger.open(directory, device, create=False, read_only=True) as ledger:
             bench = Bench(engines, ledger, chosen, random.Random(seed))
             for other in engines[1:]:
                 bench.alone(other)  # what is made at the first use must not count
@@ -185,15 +193,15 @@ def run(
                 say(f"neighbour {KINDS[kind]}: {figures.summary()}")
             snapshot = ledger.snapshot()
             page_bytes = snapshot.accounts[0].page_bytes
-    pages = ceil_div(PROMPT_TOKENS * chosen.token_bytes, page_bytes)
-    _, bare_us = time_bare_pages(open_backend("host"), page_bytes, BARE_PAGES, False)
+    pages = ceil_div(PROMPT_TOKENS * token_bytes, page_bytes)
     return {
+        "device": device,
         "instances": instances,
         "model": chosen.name,
         "budget_bytes": budget,
         "high_water_bytes": snapshot.high_water,
         "request_bytes": pages * page_bytes,
-        "bare_release_ms": round(pages * statistics.median(bare_us) / 1e3, 2),
+        "bare_release_ms": None if gpu else _bare_release_ms(pages, page_bytes),
         "cpus": os.cpu_count(),
         "seed": seed,
         **{kind: figures.summary() for kind, figures in seen.items()},
@@ -208,19 +216,39 @@ def _progress(what: str, figures: Figures, rounds: int) -> str:
     )
 
 
-def _specs(out: Path, model: Model, instances: int, budget: int) -> list[EngineSpec]:
+def _visible_gpu() -> str:
+    return nvml.visible_uuid(0, variable_of_an_engine("CUDA_VISIBLE_DEVICES"))
+
+
+def _bare_release_ms(pages: int, page_bytes: int) -> float:
+    _, bare_us = time_bare_pages(open_backend("host"), page_bytes, BARE_PAGES, False)
+    return round(pages * statistics.median(bare_us) / 1e3, 2)
+
+
+def _specs(
+    out: Path, model: Model, instances: int, budget: int, device: str, more: Sequence[str]
+) -> list[EngineSpec]:
     environment = {
         "ENABLE_KVCACHED": "true",
-        "KVCACHED_DEVICE": f"host:reclaim-{os.getpid()}",
         "KVCACHED_CAPACITY": str(budget),
         "KVCACHED_VIRTUAL": str(4 * budget),
-        "KVCACHED_DIR": str((out / "ledger").resolve()),
+        # On a GPU the file of a run before would be found, with its capacity.
+        "KVCACHED_DIR": str((out / f"ledger-{os.getpid()}").resolve()),
     }
-    arguments = ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_TOKENS)]
-    arguments += ["--max-model-len", str(MAX_MODEL_TOKENS), "--max-num-seqs", "64"]
+    arguments = ["--max-model-len", str(MAX_MODEL_TOKENS), "--max-num-seqs", "64"]
+    if device.startswith("host:"):
+        environment["KVCACHED_DEVICE"] = device
+        arguments += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_TOKENS)]
+    else:
+        environment["KVCACHED_HEADROOM"] = "0"  # the budget is for pages alone
+        arguments += ["--dtype", "bfloat16"]
+    if not any(model.path.glob("*.safetensors")):
+        arguments += ["--load-format", "dummy"]
+    if not any(model.path.glob("tokenizer*")):
+        arguments += ["--skip-tokenizer-init"]
     return [
         EngineSpec(
-            name, model, tuple(arguments), {**environment, "KVCACHED_NAME": name},
+            name, model, (*arguments, *more), {**environment, "KVCACHED_NAME": name},
             out / f"reclaim-{name}.log",
         )
         for name in "abcdefgh"[:instances]

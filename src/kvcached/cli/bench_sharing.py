@@ -82,6 +82,9 @@ def _millions(text: str) -> int:
 
 
 def reclaim(
+    engine_arguments: Annotated[
+        list[str] | None, typer.Argument(help="More for vllm serve, after two dashes.")
+    ] = None,
     instances: Annotated[int, typer.Option(min=2, max=8, help="Engines on the device.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Measured requests of each kind.")] = 50,
     only: Annotated[
@@ -89,8 +92,15 @@ def reclaim(
     ] = None,
     budget: Annotated[str, typer.Option(help="KV-cache memory that they share.")] = "",
     model: Annotated[
-        Path | None, typer.Option(help="A model folder; the demo's small one if not given.")
+        Path | None,
+        typer.Option(
+            help="A model folder, whose weights are made up where it has none; the demo's small "
+            "one if not given."
+        ),
     ] = None,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="On the first visible GPU, not in the host's memory.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the engines' logs.")] = Path("build/bench"),
     plot: Annotated[Path | None, typer.Option(help="A PNG to write; needs matplotlib.")] = None,
@@ -104,6 +114,8 @@ def reclaim(
       kvcached bench reclaim --only idle
 
       kvcached bench reclaim --instances 4 --json | jq .idle.demand_to_lease_ms
+
+      kvcached bench reclaim --gpu --model ./llama-8b -- --attention-backend FLASH_ATTN
     """
     from kvcached.bench import pictures
     from kvcached.bench.reclaim import KINDS, run
@@ -116,6 +128,8 @@ def reclaim(
         kinds=(only.value,) if only else tuple(KINDS),
         budget_bytes=parse_size(budget, "--budget") if budget else 0,
         model=model,
+        gpu=gpu,
+        engine_arguments=engine_arguments or (),
         seed=seed,
         say=lambda text: console.print(text, highlight=False),
     )
@@ -201,10 +215,11 @@ def _reclaim_table(result: dict[str, Any]) -> Table:
         ]
         table.add_row(words, str(figures["rounds"]), *spreads, f"{figures['ttft_ratio']:.3f}")
     mib = result["request_bytes"] / MIB
-    table.caption = (
-        f"{mib:.1f} MiB a request, which the kernel's bare calls release in "
-        f"{result['bare_release_ms']:.1f} ms"
-    )
+    table.caption = f"{mib:.1f} MiB a request"
+    if result["bare_release_ms"] is not None:
+        table.caption += (
+            f", which the kernel's bare calls release in {result['bare_release_ms']:.1f} ms"
+        )
     return table
 
 

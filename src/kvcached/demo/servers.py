@@ -66,8 +66,7 @@ class EngineProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         self.started_at = time.monotonic()
         spec.log.parent.mkdir(parents=True, exist_ok=True)
-        program = Path(sys.executable).with_name("vllm")
-        command = [str(program), "serve", str(spec.model.path), "--port", str(self.port)]
+        command = [*vllm_command(), "serve", str(spec.model.path), "--port", str(self.port)]
         command += ["--host", "127.0.0.1", "--served-model-name", spec.model.name]
         with spec.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -148,19 +147,26 @@ class EngineProcess:
         self._process.wait()
 
 
+def vllm_command() -> list[str]:
+    """The ``vllm`` of this Python's environment; where its scripts are missing, its module."""
+    program = Path(sys.executable).with_name("vllm")
+    if program.exists():
+        return [str(program)]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
 @contextlib.contextmanager
 def running(
     specs: Sequence[EngineSpec], progress: Callable[[str], None]
 ) -> Iterator[list[EngineProcess]]:
     """Starts engines together, yields them healthy, ends them whatever happens."""
     engines: list[EngineProcess] = []
-    try:
-        engines.extend(EngineProcess(spec) for spec in specs)
+    with contextlib.ExitStack() as ends:  # an interrupt while one stops must not spare the others
+        for spec in specs:
+            engines.append(EngineProcess(spec))
+            ends.callback(engines[-1].stop)
         wait_healthy(engines, progress)
         yield engines
-    finally:
-        for engine in engines:
-            engine.stop()
 
 
 def wait_healthy(engines: Sequence[EngineProcess], progress: Callable[[str], None]) -> None:
