@@ -11,10 +11,11 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from kvcached.commands import Commands
 from kvcached.errors import KvcachedError, OutOfMemoryError
 from kvcached.layout import BlockLayout
 from kvcached.ledger import Account, Ledger, Member
-from kvcached.pages import Commands, PagePool
+from kvcached.pages import PagePool
 from kvcached.units import format_size
 from kvcached.vmm_ops import Arena, Backend, Blocks, Mapper
 

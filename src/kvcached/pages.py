@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from kvcached.answers import Answers
+from kvcached.commands import Commands, PageCounters
 from kvcached.errors import ConfigError, KvcachedError
 from kvcached.sharing import FairShare, Rival
 from kvcached.traffic import Traffic
@@ -39,33 +39,6 @@ class Lender(Rival, Protocol):
     def publish_cache(self, hits: int, misses: int, evictions: int, by_pressure: int) -> None: ...
     def asked(self) -> int: ...
     def answer(self, size_bytes: int) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Commands:
-    """What the mapping processes must do with pages, by id; ``map`` before the next step.
-
-    ``unmap`` waits for the work that may still touch the pages. ``map`` are pages that blocks of
-    the step lie on; a page that was sent ``ahead`` is named again by the first step that uses it.
-    ``ahead`` are pages under a lease that no block uses yet: mapped when there is time.
-    """
-
-    unmap: tuple[int, ...]
-    map: tuple[int, ...]
-    ahead: tuple[int, ...] = ()
-
-
-@dataclass(slots=True)
-class PageCounters:
-    """Events since the pool was made; plain numbers for logs and statistics."""
-
-    mapped: int = 0
-    mapped_ahead: int = 0  # of those, before any block used them
-    unmapped: int = 0
-    cancelled: int = 0  # wanted again before the command left
-    refused: int = 0  # leases refused while blocks were missing
-    reclaimed: int = 0  # pages given back because others wanted memory
-    evicted_blocks: int = 0  # cached blocks lost to that
 
 
 class PagePool:
@@ -205,14 +178,14 @@ class PagePool:
 
     # --- giving back
 
-    def settle(self, idle: bool, coming: int = 0) -> None:
+    def settle(self, idle: bool, coming: int = 0, in_line: int = 0) -> None:
         """Brings the warm pages to what the engine is about to need; called in each step.
 
         Idle, that is the low watermark at most. Busy, they follow the rate at which pages came
         into use (``Traffic``), between the watermarks. ``coming`` blocks that the next step is
         known to need, as far as the engine can tell, have their pages above the high watermark too:
-        mapping them in that step would keep it waiting. With a high watermark of 0 nothing is
-        mapped ahead.
+        mapping them in that step would keep it waiting. For ``in_line`` blocks, which later steps
+        need, pages that are there stay. With a high watermark of 0 nothing is mapped ahead.
 
         Where the cache is bounded, the oldest cached blocks above the bound become free first.
         """
@@ -222,14 +195,24 @@ class PagePool:
                 self._on_evict(self.blocks.uncache(excess))
         blocks = self.blocks
         self._traffic.observe(blocks.present_pages - blocks.empty_pages)
-        known = ceil_div(coming, blocks.blocks_per_page) if self._warm_high and not idle else 0
-        keep = self._warm_low if idle else max(self._warm_high, known)
+        if idle or not self._warm_high:
+            coming = in_line = 0
+        known = ceil_div(coming, blocks.blocks_per_page)
+        later = ceil_div(in_line, blocks.blocks_per_page)
+        keep = self._warm_low if idle else max(self._warm_high, known, later)
         excess = blocks.empty_pages - keep
         if excess > 0:
             self._drop(blocks.shrink(excess))
         elif not idle:
             expected = self._traffic.worth_warming(self._warm_high)
             self._warm_up(max(self._warm_low, expected, known))
+
+    def foresee(self, coming: int) -> None:
+        """Between steps: maps ahead for ``coming`` blocks, as ``settle`` does for the next step's.
+        The caller carries the commands at once.
+        """
+        if self._warm_high:
+            self._warm_up(ceil_div(coming, self.blocks.blocks_per_page))
 
     def _warm_up(self, target: int) -> None:
         """Grows to so many warm pages, as far as leases are granted at once and nobody waits.

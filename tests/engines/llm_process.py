@@ -80,6 +80,7 @@ def device_facts(directory: Path, device: str, name: str | None) -> dict[str, in
             "misses": account.misses,
             "evictions": account.evictions,
             "block_tokens": account.block_tokens,
+            "block_bytes": account.block_bytes,
             "high_water": snapshot.high_water,
             "capacity": snapshot.capacity,
             "asleep": account.asleep,
@@ -293,6 +294,28 @@ def ask_while_asleep(llm: Any, job: dict[str, Any]) -> bool:
     return outputs == [] and bool(engine.has_unfinished_requests())
 
 
+def burst(job: dict[str, Any]) -> dict[str, Any]:
+    """Requests reach an engine at rest, and no step is made: what has been mapped for them by
+    then. Then all of them are taken back, and then they are asked for in earnest.
+    """
+    from vllm import SamplingParams
+
+    llm = build(job)
+    engine, core = llm.llm_engine, llm.llm_engine.engine_core.engine_core
+    params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
+    params.detokenize = False
+    mapper = core.model_executor.driver_worker.mapper
+    created = []
+    for number, prompt in enumerate(job["prompts"]):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+        mapper.drain(10)
+        created.append(ledger_facts()["created"])
+    engine.abort_request([str(number) for number in range(len(job["prompts"]))])
+    mapper.drain(10)
+    result: dict[str, Any] = {"created": created, "aborted": ledger_facts()}
+    return {**result, "outputs": generate(llm, job)}
+
+
 def finish(llm: Any) -> list[int]:
     outputs: list[Any] = []
     while llm.llm_engine.has_unfinished_requests():
@@ -333,7 +356,8 @@ def answer(job: dict[str, Any], result: dict[str, Any]) -> None:
 
 
 TASKS = {
-    task.__name__: task for task in (equality, several, no_maps, fork, ends, until_it_dies, asleep)
+    task.__name__: task
+    for task in (equality, several, no_maps, fork, ends, until_it_dies, asleep, burst)
 }
 
 

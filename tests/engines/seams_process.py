@@ -95,9 +95,9 @@ def check_what_is_refused() -> None:
 
 def check_a_rank_that_fails() -> None:
     """The first rank's error reaches vLLM; any other ends its process, which ends the engine."""
+    from kvcached.commands import Commands
     from kvcached.engines.vllm.worker import ElasticWorker
     from kvcached.errors import OutOfMemoryError
-    from kvcached.pages import Commands
 
     def refuse(commands: Commands, stream: int) -> None:
         raise OutOfMemoryError("host:b refused 2 MiB under a lease")

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from kvcached.commands import Commands
 from kvcached.errors import InvalidArgumentError, LedgerError
 from kvcached.ledger import Ledger
-from kvcached.pages import Commands, PagePool
+from kvcached.pages import PagePool
 from kvcached.vmm_ops import Blocks
 
 DEVICE = "host:bomb"

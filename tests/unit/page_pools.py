@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from kvcached.commands import Commands
 from kvcached.ledger import Account, Ledger, Member
-from kvcached.pages import Commands, PagePool
+from kvcached.pages import PagePool
 from kvcached.vmm_ops import Blocks
 
 PAGE = 64 << 10

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from page_pools import PAGE, PER_PAGE, Instance
 
+from kvcached.commands import Commands
 from kvcached.errors import ConfigError, KvcachedError
 from kvcached.ledger import Ledger
-from kvcached.pages import Commands
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_pages import PAGE, PER_PAGE, Instance
 
+from kvcached.commands import Commands
 from kvcached.ledger import Ledger
-from kvcached.pages import Commands
 from kvcached.traffic import Traffic
 
 CAPACITY_PAGES = 40
@@ -86,6 +86,40 @@ def test_what_is_known_to_come_is_mapped_above_the_high_mark(one: Instance) -> N
     one.carry()
     assert one.blocks.empty_pages == 1, "an idle engine has nothing in line"
     one.check()
+
+
+def test_pages_stay_for_prompts_in_line_and_none_are_mapped_for_them(one: Instance) -> None:
+    """All requests of a batch end together, and the next batch has not begun."""
+    held = one.alloc(12 * PER_PAGE - 1)
+    one.pool.settle(idle=False)
+    one.carry()
+    one.blocks.free(held)
+    one.pool.settle(idle=False, coming=6 * PER_PAGE, in_line=9 * PER_PAGE)
+    assert one.carry().ahead == () and one.blocks.empty_pages == 9
+    one.pool.settle(idle=False, coming=6 * PER_PAGE, in_line=12 * PER_PAGE)
+    assert one.carry() == Commands((), ()), "for the next step there is enough"
+    one.pool.settle(idle=True, in_line=9 * PER_PAGE)
+    one.carry()
+    assert one.blocks.empty_pages == 1
+    one.check()
+
+
+def test_between_steps_pages_are_mapped_for_what_arrives(ledger: Ledger) -> None:
+    one = Instance(ledger, "one", pages=64, warm_low=1, warm_high=4)
+    other = Instance(ledger, "other", pages=64)
+    one.pool.foresee(6 * PER_PAGE)
+    assert one.carry() == Commands(unmap=(), map=(), ahead=(1, 2, 3, 4, 5, 6))
+    one.pool.foresee(6 * PER_PAGE)
+    assert one.carry() == Commands((), ()), "they are there"
+    one.alloc(3 + 5 * PER_PAGE)
+    assert one.carry().map == (1, 2, 3, 4, 5), "a step names those it uses"
+    other.account.set_demand(PAGE)
+    one.pool.foresee(9 * PER_PAGE)
+    assert one.carry() == Commands((), ()), "others wait"
+    one.check()
+    bare = Instance(ledger, "bare", pages=64, warm_low=0, warm_high=0)
+    bare.pool.foresee(9 * PER_PAGE)
+    assert bare.carry() == Commands((), ())
 
 
 def test_what_is_known_to_come_takes_nothing_from_who_waits(ledger: Ledger) -> None:

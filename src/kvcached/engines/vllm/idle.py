@@ -16,6 +16,7 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.request import RequestStatus
 
 from kvcached import watch
+from kvcached.commands import Commands
 from kvcached.engines import surroundings
 from kvcached.engines.vllm import sleeping
 from kvcached.engines.vllm.device import Device
@@ -41,7 +42,8 @@ def attach(engine: Any) -> None:
     if scheduler.followed:
         return
     scheduler.followed = True
-    sleeping.attach(engine, scheduler)
+    scheduler.carry = carry = functools.partial(_carry, engine.model_executor)
+    sleeping.attach(engine, scheduler, carry)
     if hasattr(engine, "input_queue"):
         watch.end_with_parent(*_worker_pids(scheduler))
         wake = _wake_by_message(engine)
@@ -55,6 +57,10 @@ def attach(engine: Any) -> None:
             name="kvcached-pressure",
             daemon=True,
         ).start()
+
+
+def _carry(executor: Any, commands: Commands) -> None:
+    executor.collective_rpc("apply_commands", args=(commands,))
 
 
 def _worker_pids(scheduler: ElasticScheduler) -> list[int]:

@@ -6,12 +6,14 @@ import importlib
 import inspect
 import itertools
 import logging
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm.v1.request import RequestStatus
 
+from kvcached.commands import Commands
 from kvcached.config import Config
 from kvcached.engines import signatures
 from kvcached.engines.base import substituted
@@ -21,7 +23,7 @@ from kvcached.engines.vllm.never_fits import reason
 from kvcached.engines.vllm.pool import ElasticBlockPool, ElasticKVCacheManager
 from kvcached.errors import EngineError
 from kvcached.group import grouped
-from kvcached.pages import Commands, PagePool
+from kvcached.pages import PagePool
 from kvcached.units import format_size
 from kvcached.vmm_ops import Blocks
 
@@ -33,6 +35,11 @@ WAIT_S = 0.05
 # of the time that the step before took.
 PATIENCE_S = 0.25
 PATIENCE_SHARE = 0.1
+# Pages that are worth a message to the workers before the step that needs them.
+EARLY_PAGES = 8
+
+Carry = Callable[[Commands], None]
+"""Takes commands to the workers without a step, and returns when they have them."""
 
 
 class ElasticScheduler:
@@ -49,6 +56,7 @@ class ElasticScheduler:
     max_num_scheduled_tokens: int
     followed = False  # by the thread that waits for pressure from others
     asleep = False  # no step may run: there are no weights
+    carry: Carry | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         speaking = signatures.speaking(type(self), "__init__", after=ElasticScheduler)
@@ -110,6 +118,7 @@ class ElasticScheduler:
         self._scheduled_s = time.monotonic()
         self._patience_s = 0.0  # what this step may still wait for memory that is about to come
         self._in_flight = 0  # steps with tokens whose output has not come yet
+        self._arrived = 0  # blocks of the prompts that came since the last step
         self._hopeless: dict[str, str] = {}  # why requests can never fit, by their ids
         logger.info(
             "kvcached: %s on %s: %d blocks of %s, pages of %s, capacity %s",
@@ -131,6 +140,7 @@ class ElasticScheduler:
         self._patience_s = min(PATIENCE_S, PATIENCE_SHARE * (self._scheduled_s - before_s))
         self._freed = self.account.freed_seq
         self._short = self._wanted = False
+        self._arrived = 0
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if not self._short:
             self.account.set_demand(0)
@@ -178,7 +188,10 @@ class ElasticScheduler:
     def add_request(self, request: Any) -> None:
         super().add_request(request)  # type: ignore[misc]
         self._waits = False
-        self._check_fits(request, self._shape.least_blocks(request.num_tokens))
+        blocks = self._shape.least_blocks(request.num_tokens)
+        self._check_fits(request, blocks)
+        self._arrived += blocks
+        self._map_early()
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         finished = super().finish_requests(*args, **kwargs)  # type: ignore[misc]
@@ -233,8 +246,30 @@ class ElasticScheduler:
 
     def _settle(self) -> None:
         if not self.asleep:  # what would be mapped ahead could not leave
-            self.pages.settle(idle=self.pages.blocks.used_blocks <= 1, coming=self._blocks_coming())
+            blocks = self.pages.blocks
+            coming = in_line = self._blocks_coming(self._blocks_a_step())
+            if blocks.empty_pages * blocks.blocks_per_page > coming:
+                in_line = self._blocks_coming(math.inf)
+            idle = blocks.used_blocks <= 1 and not in_line
+            self.pages.settle(idle, coming, in_line)
         self.pages.publish()
+
+    def _map_early(self) -> None:
+        """An engine at rest begins to map while a burst still arrives: its first step would wait
+        for all of its pages. One at work maps for the next step while a step computes.
+        """
+        if self.carry is None or self.asleep or self.running or self._in_flight or self._short:
+            return
+        coming = min(self._arrived, self._blocks_a_step())
+        blocks = self.pages.blocks
+        missing = coming // blocks.blocks_per_page - blocks.empty_pages
+        if missing < EARLY_PAGES or len(self.waiting) < 2:  # one alone takes its step at once
+            return
+        self.pages.foresee(coming)
+        commands = self.pages.take_commands()
+        if commands is not None:
+            self.pages.publish()
+            self.carry(commands)
 
     def _can_only_wait(self, output: Any) -> bool:
         # With a step under way its output comes first: it may be what ends the shortage.
@@ -263,17 +298,20 @@ class ElasticScheduler:
         room = max(0, self.max_num_running_reqs - len(self.running))
         return itertools.islice(self.waiting, room)
 
-    def _blocks_coming(self) -> int:
-        """Blocks of the prompts in line that the next step can take, where memory is not short.
+    def _blocks_a_step(self) -> int:
+        return self.max_num_scheduled_tokens // self._shape.block_tokens
+
+    def _blocks_coming(self, most: float) -> int:
+        """Blocks of the prompts in line that can run, ``most`` at most, where memory is not short.
         What is cached of them counts too: a page too many is given back when the line has ended.
         """
         if self._short or not self.waiting:
             return 0
-        blocks, most = 0, self.max_num_scheduled_tokens // self._shape.block_tokens
+        blocks = 0
         for request in self._next_in_line():
             blocks += self._shape.least_blocks(request.num_tokens)
             if blocks >= most:
-                return most
+                return int(most)
         return blocks
 
     def _check_fits(self, request: Any, blocks: int) -> None:

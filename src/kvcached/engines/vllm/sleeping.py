@@ -14,16 +14,16 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from kvcached.engines.vllm.scheduler import ElasticScheduler
+from kvcached.engines.vllm.scheduler import Carry, ElasticScheduler
 from kvcached.engines.vllm.start import NO_SLEEP_MODE
 from kvcached.errors import EngineError, OutOfMemoryError
 
 
-def attach(engine: Any, scheduler: ElasticScheduler) -> None:
+def attach(engine: Any, scheduler: ElasticScheduler, carry: Carry) -> None:
     """Takes the engine's sleep mode in hand; called once, when it is built."""
     executor = engine.model_executor
     engine.sleep = _checked(engine.sleep, executor.model_config)
-    executor.sleep = _falling_asleep(executor, scheduler)
+    executor.sleep = _falling_asleep(executor, scheduler, carry)
     executor.wake_up = _waking(executor, scheduler)
 
 
@@ -39,7 +39,9 @@ def _checked(sleep: Callable[..., Any], model_config: Any) -> Callable[..., Any]
     return checked
 
 
-def _falling_asleep(executor: Any, scheduler: ElasticScheduler) -> Callable[..., None]:
+def _falling_asleep(
+    executor: Any, scheduler: ElasticScheduler, carry: Carry
+) -> Callable[..., None]:
     vllms = executor.sleep
 
     @functools.wraps(vllms)
@@ -47,7 +49,7 @@ def _falling_asleep(executor: Any, scheduler: ElasticScheduler) -> Callable[...,
         if not executor.is_sleeping:
             commands = scheduler.fall_asleep()
             if commands is not None:
-                executor.collective_rpc("apply_commands", args=(commands,))
+                carry(commands)
         try:
             vllms(*args, **kwargs)
         finally:

@@ -10,6 +10,7 @@ import torch
 
 from kvcached import foreign, watch
 from kvcached.cache import PageMapper
+from kvcached.commands import Commands
 from kvcached.config import Config
 from kvcached.engines.registry import OFF
 from kvcached.engines.vllm import (
@@ -26,7 +27,6 @@ from kvcached.engines.vllm.room import GpuRoom
 from kvcached.engines.vllm.start import GpuStart
 from kvcached.engines.vllm.zeros import AnswerZeros
 from kvcached.errors import EngineError, KvcachedError
-from kvcached.pages import Commands
 from kvcached.views import int8_tensor
 
 if TYPE_CHECKING:

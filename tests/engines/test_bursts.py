@@ -1,0 +1,35 @@
+"""What a real engine does while a burst of requests arrives, before it makes a step for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness import MAX_TOKENS, MIB, PROMPTS, LlmProcess, switched_on
+
+
+def test_an_engine_at_rest_maps_for_requests_that_are_still_arriving(
+    model: Path, plain: list[list[int]], tmp_path: Path
+) -> None:
+    job = {
+        "task": "burst",
+        "model": str(model),
+        "prompts": PROMPTS,
+        "max_tokens": MAX_TOKENS,
+        "arguments": {"max_num_seqs": 16, "max_num_batched_tokens": 4096},
+    }
+    changes = switched_on(
+        tmp_path, 64 * MIB, VLLM_ENABLE_V1_MULTIPROCESSING="0", KVCACHED_PAGE_SIZE_MB="1"
+    )
+    with LlmProcess(tmp_path / "llm", job, changes) as process:
+        found = process.answer(200)
+
+    created, facts = found["created"], found["aborted"]
+    assert facts["page"] == MIB
+    assert created[0] <= 2 * MIB, "one request takes its step at once"
+    assert created == sorted(created)
+    assert created[-1] >= created[0] + 8 * MIB, "no step was made"
+    blocks = sum(len(prompt) // facts["block_tokens"] + 1 for prompt in PROMPTS)
+    block_bytes = facts["block_bytes"]
+    assert created[-1] <= (blocks * block_bytes // MIB + 3) * MIB, "not more than they need"
+    assert facts["charge"] == facts["created"] <= 2 * MIB, "nobody wants it any more"
+    assert found["outputs"] == plain
