@@ -57,12 +57,16 @@ class Journal:
         # are folders, and reading every process's mappings costs some milliseconds.
         self._alone = ledger.device.startswith("host:")
 
+    @property
+    def due(self) -> bool:
+        """Whether a look would be one, the last having been long enough ago."""
+        return self._clock() - self._looked_s >= LEAST_S
+
     def look(self) -> None:
         """Logs what has happened since the last look, unless that was just now."""
-        now_s = self._clock()
-        if now_s - self._looked_s < LEAST_S:
+        if not self.due:
             return
-        self._looked_s = now_s
+        self._looked_s = self._clock()
         if not self._alone:
             self._alone = True
             self._warn_of_other_ledgers()

@@ -372,6 +372,10 @@ class PagePool:
             self._working and self.blocks_in_use() <= 1 and self._clock() - self._worked_s >= REST_S
         )
 
+    def gives(self) -> bool:
+        """Whether it holds more than an idle engine does without a cache. Any thread may ask."""
+        return self.blocks.present_pages > 1 + self._warm_low
+
     def check(self) -> None:
         """Adds everything up; raises KvcachedError naming what does not fit."""
         self.blocks.check()

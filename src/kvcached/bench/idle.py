@@ -29,6 +29,9 @@ class _Pages:
     def rested(self) -> bool:
         return False
 
+    def gives(self) -> bool:
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class _Device:

@@ -10,7 +10,6 @@ from typing import Any
 from kvcached.engines import surroundings
 from kvcached.engines.devices import Device
 from kvcached.engines.sglang.engine import ElasticEngine
-from kvcached.journal import Journal
 from kvcached.ledger import Account, Ledger
 
 
@@ -53,14 +52,6 @@ def _answering(maybe_sleep: Any, bell: int) -> Any:
 def _follow(
     account: Account, ledger: Ledger, place: Device, instance: str, bell: int | None
 ) -> None:
-    memory = place.memory
-    seen = account.pressure_seq
-    journal = Journal(ledger, instance)
-    while ledger.core.usable:
-        now = account.wait_pressure(seen, surroundings.tick_s(memory))
-        if now == seen and not surroundings.look_around(ledger, memory):
-            return
+    for _ in surroundings.Lookout(account, ledger, place.memory, instance).rounds():
         if bell is not None and account.pressed():
             os.eventfd_write(bell, 1)
-        seen = now
-        journal.look()

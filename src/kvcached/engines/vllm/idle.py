@@ -22,7 +22,6 @@ from kvcached.engines.vllm import sleeping
 from kvcached.engines.vllm.device import Device
 from kvcached.engines.vllm.scheduler import ElasticScheduler
 from kvcached.errors import EngineError
-from kvcached.journal import Journal
 from kvcached.ledger import Account, Ledger
 from kvcached.pages import PagePool
 from kvcached.sharing import FairShare
@@ -75,23 +74,18 @@ def follow_pressure(
     """Wakes the engine when one of its devices asks for memory; a thread sleeps on each. It also
     logs what happens there.
     """
-    memory = device.memory
-    tick = surroundings.tick_s(memory)
     fair = FairShare(account, pages.page_bytes)
-    seen = account.pressure_seq
-    journal = Journal(ledger, instance)
-    while ledger.core.usable:
-        now = account.wait_pressure(seen, tick)
-        if now == seen and not surroundings.look_around(ledger, memory):
-            return
+    lookout = surroundings.Lookout(account, ledger, device.memory, instance, pages.gives)
+    for rose in lookout.rounds():
         # Also without a call for it: what others use on the device may have grown.
-        if fair.pressed():
-            plan = fair.news()
-            gives = plan is not None and plan.give > 0
-            if gives or pages.rested() or account.asked() > 0:
-                wake()
-        seen = now
-        journal.look()
+        if not fair.pressed():
+            continue
+        plan = fair.news()
+        gives = plan is not None and plan.give > 0
+        # Who has little to give says later that it rests: who gives needs the cores now.
+        rested = pages.rested() and (pages.gives() or not rose)
+        if gives or rested or account.asked() > 0:
+            wake()
 
 
 def _wake_by_message(engine: Any) -> Any:
