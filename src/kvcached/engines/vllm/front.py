@@ -9,12 +9,12 @@ from typing import Any
 
 from kvcached import watch
 from kvcached.config import Config
+from kvcached.engines.ceiling import Ceiling
 from kvcached.engines.registry import OFF
 from kvcached.engines.vllm import adapter, classes, device, identity
 from kvcached.engines.vllm.never_fits import RequestNeverFitsError, reason
 from kvcached.errors import EngineError
 from kvcached.ledger import Ledger
-from kvcached.units import ceil_div
 
 # vLLM answers the requests in flight with an error when its engine dies; it gets this long.
 FAREWELL_S = 0.15
@@ -114,31 +114,15 @@ def check_request(vllm_config: Any, request: Any) -> None:
     tokens = len(request.prompt_token_ids or ())
     window = vllm_config.model_config.get_sliding_window()
     kept = min(tokens, window) if isinstance(window, int) else tokens
-    check_fits(_ledgers(who.ranks), who.instance, kept)
+    excess = _ceiling(who.ranks, who.instance).exceeded(kept)
+    if excess is not None:
+        account = excess.account
+        block = (account.block_tokens, account.block_bytes)
+        words = f"{kept} prompt tokens"
+        raise RequestNeverFitsError(reason(words, excess.blocks, account.name, excess.most, block))
 
 
 @functools.cache
-def _ledgers(ranks: int) -> tuple[Ledger, ...]:
-    """The ledgers of this front end's engines: of all of them, which have the same devices."""
+def _ceiling(ranks: int, instance: str) -> Ceiling:
     config = Config.from_env()
-    return tuple(device.open_ledgers(config, device.of(config, ranks)))
-
-
-def check_fits(ledgers: Sequence[Ledger], instance: str, tokens: int) -> None:
-    """Raises RequestNeverFitsError if a prompt, of which so many tokens must be kept, can never fit
-    the instance: on the device that can give it least.
-    """
-    found = [ledger.snapshot().account(instance) for ledger in ledgers]
-    accounts = [account for account in found if account is not None and account.block_bytes]
-    if not accounts:
-        return
-    account = min(accounts, key=lambda each: each.ceiling)
-    blocks = ceil_div(tokens + 1, account.block_tokens)  # at least one token is generated
-    in_page = account.page_bytes // account.block_bytes
-    most = max(0, account.ceiling // account.page_bytes * in_page - 1)  # block 0 is vLLM's own
-    if blocks <= most:
-        return
-    block = (account.block_tokens, account.block_bytes)
-    raise RequestNeverFitsError(
-        reason(f"{tokens} prompt tokens", blocks, account.name, most, block)
-    )
+    return Ceiling(device.open_ledgers(config, device.of(config, ranks)), instance)
