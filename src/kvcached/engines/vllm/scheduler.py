@@ -18,6 +18,7 @@ from kvcached.config import Config
 from kvcached.engines import signatures
 from kvcached.engines.base import substituted
 from kvcached.engines.devices import join
+from kvcached.engines.ends import Ends
 from kvcached.engines.vllm import adapter, device, geometry, identity, selftest
 from kvcached.engines.vllm.never_fits import reason
 from kvcached.engines.vllm.pool import ElasticBlockPool, ElasticKVCacheManager
@@ -119,6 +120,7 @@ class ElasticScheduler:
         self._patience_s = 0.0  # what this step may still wait for memory that is about to come
         self._in_flight = 0  # steps with tokens whose output has not come yet
         self._arrived = 0  # blocks of the prompts that came since the last step
+        self._ends = Ends()
         self._hopeless: dict[str, str] = {}  # why requests can never fit, by their ids
         logger.info(
             "kvcached: %s on %s: %d blocks of %s, pages of %s, capacity %s",
@@ -144,6 +146,8 @@ class ElasticScheduler:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if not self._short:
             self.account.set_demand(0)
+        new = (self.requests[each.req_id].max_tokens for each in output.scheduled_new_reqs)
+        self._ends.begin_step(new)
         self._settle()
         commands = self.pages.take_commands()
         output.kvcached_commands = commands
@@ -294,21 +298,22 @@ class ElasticScheduler:
         least = self._shape.least_blocks
         return sum(least(request.num_tokens) for request in self._next_in_line())
 
-    def _next_in_line(self) -> Iterator[Any]:
-        room = max(0, self.max_num_running_reqs - len(self.running))
+    def _next_in_line(self, leaving: int = 0) -> Iterator[Any]:
+        room = max(0, self.max_num_running_reqs - len(self.running) + leaving)
         return itertools.islice(self.waiting, room)
 
     def _blocks_a_step(self) -> int:
         return self.max_num_scheduled_tokens // self._shape.block_tokens
 
     def _blocks_coming(self, most: float) -> int:
-        """Blocks of the prompts in line that can run, ``most`` at most, where memory is not short.
-        What is cached of them counts too: a page too many is given back when the line has ended.
+        """Blocks of the prompts in line that can run or soon will, ``most`` at most, where memory
+        is not short. What is cached of them counts too: a page too many is given back when the line
+        has ended.
         """
         if self._short or not self.waiting:
             return 0
         blocks = 0
-        for request in self._next_in_line():
+        for request in self._next_in_line(self._ends.soon()):
             blocks += self._shape.least_blocks(request.num_tokens)
             if blocks >= most:
                 return int(most)
