@@ -35,7 +35,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-CONTEXTS = ("short", "long")
+MAIN = "throughput"
+CONTEXTS = ("short", "short-again", "long")
 
 
 def jobs(
@@ -105,7 +106,8 @@ def paired(ours: Sequence[float], plain: Sequence[float]) -> dict[str, float]:
 
 
 def _figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    works = [run["work"]["throughput"] for run in runs]
+    first = next(name for name in (MAIN, *CONTEXTS) if name in runs[0]["work"])
+    works = [run["work"][first] for run in runs]
     paced = [run["work"]["paced"] for run in runs if "paced" in run["work"]]
     told = {
         "runs": len(runs),
@@ -170,7 +172,8 @@ def main() -> int:
     parser.add_argument("--kinds", default="plain,kvcached", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--pairs", type=int, default=2, help="rounds of all kinds")
     parser.add_argument("--paced", default="", help="runners that also get paced requests")
-    parser.add_argument("--contexts", default="", help="more work: short, long")
+    parser.add_argument("--contexts", default="", help=f"more work: {', '.join(CONTEXTS)}")
+    parser.add_argument("--contexts-alone", action="store_true", help="nothing but that")
     parser.add_argument("--prefix-caching", action="store_true", help="in all engines")
     parser.add_argument("--plot", type=Path, help="a PNG to write; needs matplotlib")
     parser.add_argument("--limit", type=float, default=420.0, help="seconds in all")
@@ -184,7 +187,7 @@ def main() -> int:
     for runner in options.runners.split(","):
         paced = ("paced",) if runner in options.paced.split(",") else ()
         contexts = tuple(name for name in CONTEXTS if name in options.contexts.split(","))
-        work = ("throughput", *contexts, *paced)
+        work = (*(() if options.contexts_alone else (MAIN,)), *contexts, *paced)
         kinds = options.kinds.split(",")
         chosen = jobs(
             model, str(out / "ledger"), runner, kinds, options.pairs, work, options.prefix_caching

@@ -203,6 +203,11 @@ def short(llm: Any, damage: Damage | None) -> dict[str, Any]:
     return _at_once(llm, damage, "short", 400, 128, 128)
 
 
+def short_again(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """As ``short``, with other prompts: by then an engine has met such a burst."""
+    return _at_once(llm, damage, "short-again", 400, 128, 128)
+
+
 def long(llm: Any, damage: Damage | None) -> dict[str, Any]:
     """The same of 64 requests with long contexts: 3500 in, 256 out."""
     return _at_once(llm, damage, "long", 64, 3500, 256)
@@ -310,6 +315,7 @@ WORK: Mapping[str, Callable[[Any, Damage | None], dict[str, Any]]] = {
     "prefix": prefix,
     "throughput": throughput,
     "short": short,
+    "short-again": short_again,
     "long": long,
     "paced": paced,
     "fill": fill,
