@@ -131,7 +131,8 @@ class ElasticEngine:
     @together
     def end_step(self, chunk_left: int, waiting: Sequence[int], runs: bool) -> None:
         """After it. ``chunk_left`` are the tokens of a prompt that is taken in pieces and has more
-        to come: memory for them stays set aside. ``waiting`` are the prompts' lengths in line.
+        to come: memory for them stays set aside. ``waiting`` are lengths of prompts in line, where
+        memory was short (``QUEUE_IN_DEMAND`` of them).
         """
         if chunk_left:
             self.slots.secure(blocks_for(chunk_left, self.block_tokens))
@@ -139,8 +140,7 @@ class ElasticEngine:
         else:
             self.slots.release(0)
         if self.slots.short:
-            lengths = waiting[:QUEUE_IN_DEMAND]
-            self.pages.want(sum(blocks_for(length, self.block_tokens) for length in lengths))
+            self.pages.want(sum(blocks_for(length, self.block_tokens) for length in waiting))
         else:
             self.account.set_demand(0)
         self.settle(idle=not runs)

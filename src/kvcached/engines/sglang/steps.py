@@ -11,7 +11,7 @@ from kvcached.config import Config
 from kvcached.engines.sglang import adapter, pressure
 from kvcached.engines.sglang.admission import engine_of, length
 from kvcached.engines.sglang.build import building
-from kvcached.engines.sglang.engine import ElasticEngine
+from kvcached.engines.sglang.engine import QUEUE_IN_DEMAND, ElasticEngine
 from kvcached.engines.sglang.slots import View
 from kvcached.errors import EngineError
 
@@ -62,7 +62,8 @@ def wrap_get_next_batch(
             engine.begin_step()
             answer = original(self, *args, **kwargs)
             batch = batch_of(answer)
-            waiting = [] if not engine.slots.short else [length(r) for r in self.waiting_queue]
+            in_line = self.waiting_queue[:QUEUE_IN_DEMAND] if engine.slots.short else ()
+            waiting = [length(request) for request in in_line]
             runs = batch is not None or len(self.running_batch.reqs) > 0
             engine.end_step(chunk_left(self), waiting, runs)
             return answer
