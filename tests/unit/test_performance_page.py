@@ -144,3 +144,49 @@ def test_runs_become_rows(tmp_path: Path) -> None:
     made = performance.simulate(fleet)
     assert "| one KV budget a GPU | 3 | 99.50% |" in made
     assert "| equal parts | more than 3 | 70.00% |" in made
+
+
+def test_an_engine_beside_a_plain_one_has_a_row_for_each_work() -> None:
+    def ratio(median: float) -> dict[str, float]:
+        return {"median": median, "least": median - 0.01, "most": median + 0.01}
+
+    plain = {"tokens_per_s": [100.0, 102.0], "short_tokens_per_s": [200.0, 204.0]}
+    ours = {"tokens_per_s": [99.0, 100.0], "short_tokens_per_s": [198.0, 202.0]}
+    told = {"pairs_of_plain": ratio(0.985), "short_of_plain": ratio(0.99)}
+    result = {
+        "shape": "8b",
+        "prefix_caching": True,
+        "summaries": [{"runner": "V2", "kinds": {"plain": plain, "kvcached": {**ours, **told}}}],
+    }
+    text = performance.overhead(result)
+    assert "with prefix caching" in text
+    assert "| V2 kvcached | 200 requests at once, 1024 tokens in, 512 out | 2 | 101 | 100 |" in text
+    assert "| 2 | 202 | 200 | 0.9900 | 0.9800 | 1.0000 |" in text
+    alone = {"tokens_per_s": [200.0, 204.0]}, {"tokens_per_s": [198.0, 202.0]}
+    kinds = {"plain": {**plain, **alone[0]}, "kvcached": {**ours, **told, **alone[1]}}
+    result["summaries"] = [{"runner": "V2", "kinds": kinds}]
+    assert "1024 tokens in" not in performance.overhead(result), "short contexts were all there was"
+
+
+def test_how_soon_memory_comes_has_a_row_for_each_kind_that_was_played() -> None:
+    spread = {"p50": 3.0, "p99": 6.0, "max": 7.0}
+    figures = {
+        "rounds": 20,
+        "demand_to_lease_ms": spread,
+        "ttft_ms": spread,
+        "ttft_alone_ms": spread,
+        "ttft_ratio": 1.04,
+    }
+    result = {
+        "instances": 4,
+        "model": "m",
+        "budget_bytes": 1 << 30,
+        "request_bytes": 256 << 20,
+        "idle": figures,
+    }
+    text = performance.reclaim(result)
+    assert "4 engines of m share 1024 MiB, 256.0 MiB a request" in text
+    assert "| at rest | 20 | 3.0 / 6.0 / 7.0 |  | 3.0 / 6.0 / 7.0 |" in text
+    assert "at work" not in text
+    result["busy"] = {**figures, "lease_past_step_ms": spread}
+    assert "| at work | 20 | 3.0 / 6.0 / 7.0 | 3.0 / 6.0 / 7.0 |" in performance.reclaim(result)

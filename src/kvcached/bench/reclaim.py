@@ -195,6 +195,7 @@ def run(
             page_bytes = snapshot.accounts[0].page_bytes
     pages = ceil_div(PROMPT_TOKENS * token_bytes, page_bytes)
     return {
+        "benchmark": "reclaim",
         "device": device,
         "instances": instances,
         "model": chosen.name,
