@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,12 +241,14 @@ def test_who_comes_during_a_step_joins_the_one_after_the_next() -> None:
     assert step_s < second.ttft_s - prompt_s < 2.1 * step_s
 
 
-def real(tmp_path: Path, device: Device = DEVICE) -> Path:
+def real(
+    tmp_path: Path, device: Device = DEVICE, names: Sequence[str] = ("static", "elastic")
+) -> Path:
     """A result of multi_llm.py, with the simulation's own figures as the real ones."""
     asks = [[[0.02 * i, 700, 150] for i in range(120)], [[5.0, 300, 50]]]
     plan = {"give_up_s": 60.0, "points": {"10/s": {"span_s": 12.0, "models": asks}}}
     sides = {}
-    for side in ("static", "elastic"):
+    for side in names:
         ended = sim_check.simulate(["8b", "1b"], 4 * GIB, side, asks, 72.0, device)
         found = sim_check.figures_of(ended, Slo(1.0, 0.05))
         seen = {
@@ -280,6 +283,16 @@ def test_a_real_run_is_played_again(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ConfigError, match="not a result"):
         sim_check.check(tmp_path / "other.json")
+
+
+def test_models_that_have_the_machine_in_turn_are_played_again_too(tmp_path: Path) -> None:
+    rows = sim_check.check(real(tmp_path, names=("elastic", "swap")))["rows"]
+    assert [row["side"] for row in rows] == ["elastic", "swap"]
+    assert all(row["agrees"] for row in rows)
+    asks = [[[0.0, 700, 150]], [[0.1, 300, 50]]]
+    first, second = sim_check.simulate(["8b", "1b"], 4 * GIB, "swap", asks, 60.0)
+    assert first.end_s is not None and second.ttft_s is not None
+    assert second.ttft_s + 0.1 > first.end_s + wake_s(SHAPES["1b"]), "after the first one's sleep"
 
 
 def test_a_slower_machine_is_found_and_the_other_side_foretold(tmp_path: Path) -> None:

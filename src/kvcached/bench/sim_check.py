@@ -17,6 +17,7 @@ from typing import Any
 from kvcached.bench.sim_engine import Engine, Request, play
 from kvcached.bench.sim_memory import Elastic, Memory, Static
 from kvcached.bench.sim_shapes import H200, SHAPES, TINY, Device
+from kvcached.bench.sim_swap import OneAwake, play_in_turns
 from kvcached.bench.simulate import Slo
 from kvcached.demo.percentiles import percentile
 from kvcached.errors import ConfigError
@@ -27,6 +28,7 @@ requests that meet their SLO, within this.
 """
 FITTED = ("step_overhead_s", "request_overhead_s", "bandwidth", "compute")
 """A cost that is 0 stays 0."""
+SIDES = ("static", "elastic", "swap")
 FIT_TO = ("ttft_mean_s", "ttft_p50_s", "tpot_mean_s", "tpot_p50_s")
 FIT_STEPS = (2.0, 1.4, 1.15, 1.05)
 _START_HOST = Device(bandwidth=1e10, compute=1e11, step_overhead_s=0.005, request_overhead_s=2e-4)
@@ -49,7 +51,7 @@ def check(path: Path, fit: bool = False) -> dict[str, Any]:
             _row(real, side, point, device, slo)
             for point in points
             for side, told in real["sides"].items()
-            if point in told["points"] and point not in left_out and side in ("static", "elastic")
+            if point in told["points"] and point not in left_out and side in SIDES
         ]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not a result of multi_llm.py: {error!r}") from error
@@ -211,7 +213,10 @@ def simulate(
     device = device or Device()
     kinds = [TINY if name == TINY.name else SHAPES[name] for name in shapes]
     memory: Memory
-    if side == "elastic":
+    swap = OneAwake([kv_bytes + sum(k.weight_bytes for k in kinds) - k.weight_bytes for k in kinds])
+    if side == "swap":
+        memory = swap
+    elif side == "elastic":
         memory = Elastic(kv_bytes, [kind.page_bytes for kind in kinds], caching)
     else:
         memory = Static([kv_bytes // len(kinds)] * len(kinds))
@@ -219,5 +224,8 @@ def simulate(
         Engine(kind, device, memory, index, [Request(a, int(p), int(o)) for a, p, o in asks])
         for index, (kind, asks) in enumerate(zip(kinds, models, strict=True))
     ]
-    play(engines, limit_s, device.at_once)
+    if side == "swap":
+        play_in_turns(engines, kinds, swap, limit_s)
+    else:
+        play(engines, limit_s, device.at_once)
     return [request for engine in engines for request in engine.requests]
