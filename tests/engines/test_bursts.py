@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from harness import MAX_TOKENS, MIB, PROMPTS, LlmProcess, switched_on
 
 
+@pytest.mark.parametrize("executor", ["uni", "mp"])
 def test_an_engine_at_rest_maps_for_requests_that_are_still_arriving(
-    model: Path, plain: list[list[int]], tmp_path: Path
+    model: Path, plain: list[list[int]], tmp_path: Path, executor: str
 ) -> None:
+    """With its worker in the engine's process, and in one of its own."""
     job = {
         "task": "burst",
         "model": str(model),
         "prompts": PROMPTS,
         "max_tokens": MAX_TOKENS,
-        "arguments": {"max_num_seqs": 16, "max_num_batched_tokens": 4096},
+        "arguments": {
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 4096,
+            "distributed_executor_backend": executor,
+        },
     }
     changes = switched_on(
         tmp_path, 64 * MIB, VLLM_ENABLE_V1_MULTIPROCESSING="0", KVCACHED_PAGE_SIZE_MB="1"
