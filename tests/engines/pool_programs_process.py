@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -33,6 +34,9 @@ TOKENS, PER_PAGE, BLOCK_BYTES = 16, 4, 4096
 BLOCKS = 160
 STEPS = 300
 HASH_BYTES = 32
+
+# vLLM 0.13 is handed the blocks of all groups, newer ones those of one at a time.
+TOUCHES_GROUPS = "tuple" in str(inspect.signature(BlockPool.touch).parameters["blocks"].annotation)
 
 
 class Request:
@@ -87,7 +91,7 @@ class Plain:
         fresh = len(request.block_hashes) - len(hits)
         if not self.has_room(hits, fresh):
             return len(hits), False
-        self.pool.touch(hits)
+        self.pool.touch((hits,) if TOUCHES_GROUPS else hits)
         blocks = hits + self.pool.get_new_blocks(fresh)
         self.held[name] = blocks
         self.fill(request, blocks, len(hits), len(blocks) - 1)
