@@ -49,7 +49,8 @@ version has an environment of its own (`tools/setup_env.py`, `tools/setup_sglang
 - *real classes*: tests of the engine's own code without a model: its block pool or allocators, its
   KV-cache manager, its scheduler, its tensors.
 - Numbers are tests that passed; then those that failed, and those that do not apply to the version.
-  Of SGLang they are all of `tests/sglang`, of vLLM 0.32 all of `tests/engines` but the long ones.
+  Of SGLang they are all of `tests/sglang` (of 0.5.15 without `kvcached serve`; 0.4 does not run
+  with two ranks on a CPU), of vLLM 0.32 all of `tests/engines` but the long ones.
   Of older vLLM they are outputs against plain vLLM's, pool programs on the real classes, bursts,
   requests that never fit, sleep and the self-test; of 0.8.4 what can run without a GPU.
 
