@@ -193,10 +193,7 @@ def overhead(result: Mapping[str, Any]) -> str:
             for work, words in WORKS.items():
                 if kind == "plain" or f"{work}_of_plain" not in row:
                     continue
-                # What comes first is told as the engine's own speed, whatever it was.
                 key = "tokens_per_s" if work == "pairs" else f"{work}_tokens_per_s"
-                if work == "pairs" and row[key] == row.get("short_tokens_per_s"):
-                    continue
                 speeds = [statistics.median(each[key]) for each in (plain, row)]
                 ratio = row[f"{work}_of_plain"]
                 rows.append(

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,18 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def heading(benchmark: str, machine: str) -> dict[str, Any]:
+    """What a result says of where it comes from (``benchmarks/record.py``)."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "command": " ".join(sys.argv),
+        "machine": machine or platform.node(),
+        "cpus": os.cpu_count(),
+        "versions": versions(),
+    }
 
 
 def gpu_uuid(rank: int = 0) -> str:

@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +110,8 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
 def heading(options: argparse.Namespace, device: str, plan: dict[str, Any]) -> dict[str, Any]:
     """What the figures were measured with."""
     return {
-        "benchmark": "multi_llm",
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": " ".join(sys.argv),
-        "machine": options.machine or platform.node(),
-        "cpus": os.cpu_count(),
+        **fleet.heading("multi_llm", options.machine),
         "device": device,
-        "versions": fleet.versions(),
         "options": {key: str(value) for key, value in vars(options).items()},
         "shapes": options.shapes,
         "kv_bytes": kv_bytes(options),

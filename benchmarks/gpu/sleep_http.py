@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import httpx
 
 from kvcached import nvml
+from kvcached.demo.servers import vllm_command
 from kvcached.router.sleeping import VllmSleeper
 
 GIB = 1 << 30
@@ -47,7 +47,7 @@ def run(model: str, out: Path, runner: str) -> int:
 
 def start(model: str, out: Path, runner: str) -> subprocess.Popen[bytes]:
     words = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--port", str(PORT)),
+        *(*vllm_command(), "serve", model, "--port", str(PORT)),
         *("--host", "127.0.0.1", "--load-format", "dummy", "--skip-tokenizer-init"),
         *("--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "64"),
         *("--served-model-name", "model", "--generation-config", "vllm", "--enable-sleep-mode"),

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +87,8 @@ def summary(
     plain = found.get("plain", {})
     for one in found.values() if plain else ():
         one["speed_of_plain"] = one["median_tokens_per_s"] / plain["median_tokens_per_s"]
-        one["pairs_of_plain"] = paired(one["tokens_per_s"], plain["tokens_per_s"])
+        if plain["first"] == MAIN:
+            one["pairs_of_plain"] = paired(one["tokens_per_s"], plain["tokens_per_s"])
         for name in CONTEXTS:
             key = f"{name}_tokens_per_s"
             if key in plain:
@@ -113,6 +111,7 @@ def _figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     works = [run["work"][first] for run in runs]
     paced = [run["work"]["paced"] for run in runs if "paced" in run["work"]]
     told = {
+        "first": first,  # the work whose figures follow; the others' are below
         "runs": len(runs),
         "tokens_per_s": [round(work["output_tokens_per_s"], 1) for work in works],
         "median_tokens_per_s": statistics.median(w["output_tokens_per_s"] for w in works),
@@ -199,12 +198,7 @@ def main() -> int:
         engines.run_all(chosen, 1)
         summaries.append(summary(engines.results, runner, kinds))
     told = {
-        "benchmark": "overhead",
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": " ".join(sys.argv),
-        "machine": options.machine or platform.node(),
-        "cpus": os.cpu_count(),
-        "versions": fleet.versions(),
+        **fleet.heading("overhead", options.machine),
         "shape": options.shape,
         "prefix_caching": options.prefix_caching,
         "summaries": summaries,

@@ -213,9 +213,9 @@ def simulate(
     device = device or Device()
     kinds = [TINY if name == TINY.name else SHAPES[name] for name in shapes]
     memory: Memory
-    swap = OneAwake([kv_bytes + sum(k.weight_bytes for k in kinds) - k.weight_bytes for k in kinds])
     if side == "swap":
-        memory = swap
+        weights = sum(kind.weight_bytes for kind in kinds)
+        memory = OneAwake([kv_bytes + weights - kind.weight_bytes for kind in kinds])
     elif side == "elastic":
         memory = Elastic(kv_bytes, [kind.page_bytes for kind in kinds], caching)
     else:
@@ -224,8 +224,8 @@ def simulate(
         Engine(kind, device, memory, index, [Request(a, int(p), int(o)) for a, p, o in asks])
         for index, (kind, asks) in enumerate(zip(kinds, models, strict=True))
     ]
-    if side == "swap":
-        play_in_turns(engines, kinds, swap, limit_s)
+    if isinstance(memory, OneAwake):
+        play_in_turns(engines, kinds, memory, limit_s)
     else:
         play(engines, limit_s, device.at_once)
     return [request for engine in engines for request in engine.requests]
