@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import PROMPTS, Load, Pair, p99, wait_until
+from harness import PROMPTS, TWO_LONGEST_BYTES, Load, Pair, p99, wait_until
 
 from kvcached.processes import session_processes
 
@@ -137,7 +137,12 @@ def stop(
 ) -> list[float]:
     """SIGSTOP and SIGCONT of one kind of process of A under load; B's TTFTs in seconds."""
     pid = pair.pids(pair.a)[what]
-    with pair.watch() as memory, Load(pair.b, 2, 24) as b, Load(pair.a, 6) as a:
+    with (
+        pair.guaranteed(pair.b, TWO_LONGEST_BYTES),
+        pair.watch() as memory,
+        Load(pair.b, 2, 24) as b,
+        Load(pair.a, 6) as a,
+    ):
         time.sleep(after_s)
         os.kill(pid, signal.SIGSTOP)
         try:

@@ -33,6 +33,8 @@ SOURCE = Path(kvcached.__file__).parents[1]
 
 PROMPTS = [[(i * 7 + j * 13) % 990 + 5 for j in range(40 + 30 * i)] for i in range(16)]
 MAX_TOKENS = 80
+TWO_LONGEST_BYTES = 5 * MIB
+"""What two of the longest of these prompts need with their answers, as ``Pair`` sets engines up."""
 
 
 def environment(changes: Mapping[str, str], *paths: Path) -> dict[str, str]:
@@ -372,6 +374,22 @@ class Pair:
         (member,) = account.members
         assert account.owner_pid is not None
         return {"api": server.session, "core": account.owner_pid, "worker": member.pid}
+
+    @contextlib.contextmanager
+    def guaranteed(self, server: Server, size_bytes: int) -> Iterator[None]:
+        """The server is sure of so much: from the start of the block on, the other one leaves it.
+
+        Nothing comes back from an engine that is stopped. Whoever is to go on beside it must have
+        its memory by then.
+        """
+        (other,) = (s for s in (self.a, self.b) if s is not server)
+        self.ledger.set_guarantee(server.name, size_bytes)
+        try:
+            most = self.capacity - size_bytes
+            wait_until(lambda: self.account(other).charge <= most, 20, f"{other.name} gives back")
+            yield
+        finally:
+            self.ledger.set_guarantee(server.name, 0)
 
     def watch(self) -> MemoryWatch:
         servers = [s for s in (self.a, self.b) if s.engine is not None]

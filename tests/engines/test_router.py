@@ -16,7 +16,7 @@ from typing import Any
 
 import openai
 import pytest
-from harness import PROMPTS, Load, Pair, Server, wait_until
+from harness import PROMPTS, TWO_LONGEST_BYTES, Load, Pair, Server, wait_until
 
 from kvcached.observe import Observer
 from kvcached.router.app import Router
@@ -47,7 +47,7 @@ class Through(Server):
 @pytest.fixture
 def router(pair: Pair) -> Iterator[Running]:
     upstreams = [FixedUpstream(server.name, server.url) for server in (pair.a, pair.b)]
-    limits = Limits(silence_s=20.0, retries=0)
+    limits = Limits(silence_s=60.0, retries=0)
     with Observer(pair.ledger_directory) as observer:
         pressure = Pressure.of(observer)
         router = Router(serve_settings(), upstreams, limits=limits, pressure=pressure)
@@ -133,11 +133,15 @@ def test_an_engine_that_is_stopped_or_killed_is_its_own_affair(
     pair: Pair, router: Running, plain: list[list[int]]
 ) -> None:
     core = pair.pids(pair.a)["core"]
-    with Load(Through("b", router), 2, TOKENS) as b, Load(Through("a", router), 4) as a:
+    with (
+        pair.guaranteed(pair.b, TWO_LONGEST_BYTES),
+        Load(Through("b", router), 2, TOKENS) as b,
+        Load(Through("a", router), 4) as a,
+    ):
         wait_until(lambda: len(a.answers) >= 4, 60, "a answers")
         os.kill(core, signal.SIGSTOP)
         seen = len(b.answers)
-        wait_until(lambda: len(b.answers) >= seen + 20, 60, "b answers while a is stopped")
+        wait_until(lambda: len(b.answers) >= seen + 20, 40, "b answers while a is stopped")
         os.kill(core, signal.SIGCONT)
         done = len(a.answers)
         wait_until(lambda: len(a.answers) >= done + 4, 60, "a goes on")
