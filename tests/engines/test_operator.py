@@ -75,7 +75,7 @@ def test_a_hold_gets_what_an_idle_engine_caches(
         assert pair.b.ask(PROMPTS[2], 8).ok, "the rest serves"
         with pytest.raises(OutOfMemoryError):
             hold(pair.capacity - size, device=pair.ledger.device, timeout_s=0.2)
-    wait_until(lambda: pair.ledger.snapshot().set_aside == 0, 1, "the hold is gone")
+    wait_until(lambda: pair.ledger.snapshot().set_aside == 0, 10, "the hold is gone")
 
 
 @pytest.mark.parametrize("tokens", [0, 320])

@@ -182,7 +182,7 @@ def test_the_death_of_any_process_ends_a_server_with_two_ranks(
     finally:
         server.kill()
     for ledger in ledgers:
-        wait_until(lambda ledger=ledger: empty(ledger), 1, "its bytes are back")  # type: ignore[misc]
+        wait_until(lambda ledger=ledger: empty(ledger), 10, "its bytes are back")  # type: ignore[misc]
         assert ledger.snapshot().high_water <= SMALL
         ledger.close()
 
