@@ -37,9 +37,15 @@ def ledger(folder: Path) -> Iterator[Ledger]:
 @contextlib.contextmanager
 def start(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "kvcached.cli.kvctl", *arguments]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
-    ) as process:
+    # A shell's background job ignores Ctrl-C, and what pytest starts there would, too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         try:
             yield process
         finally:
