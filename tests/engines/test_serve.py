@@ -4,6 +4,7 @@ and leaves nothing behind when it is killed itself.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -161,8 +163,18 @@ def test_a_stopped_model_answers_requests_that_came_at_any_time(
     assert {thread.name for thread in threads} >= {"falling asleep", "starting"}
 
 
-@pytest.mark.parametrize("kind", ["api", "core", "worker"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def ends() -> list[Any]:
+    """Every kind of process, killed and stopped. ``make test`` has three of the six: each kind of
+    process and each signal.
+    """
+    sample = {("api", signal.SIGKILL), ("core", signal.SIGSTOP), ("worker", signal.SIGKILL)}
+    return [
+        pytest.param(*end, marks=() if end in sample else pytest.mark.slow)
+        for end in itertools.product(("api", "core", "worker"), (signal.SIGKILL, signal.SIGSTOP))
+    ]
+
+
+@pytest.mark.parametrize(("kind", "number"), ends())
 def test_a_killed_or_stopped_engine_is_replaced_and_the_other_goes_on(
     service: Service, plain: list[list[int]], kind: str, number: signal.Signals
 ) -> None:
