@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -249,6 +250,36 @@ def test_once_prints_what_the_ledger_says(
     charge = ledger.snapshot().accounts[0].charge
     assert chat.split()[-2:] == [text.short_size(charge), "-"]
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
+
+
+WITH_A_TERMINAL = """
+import os, pty, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+pid, terminal = pty.fork()
+if pid == 0:
+    signal.alarm(20)  # outlives the exec
+    os.execv(sys.argv[1], sys.argv[1:])
+seen = b""
+while b"chat" not in seen:
+    seen += os.read(terminal, 4096)
+os.close(terminal)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_a_screen_ends_with_its_terminal(
+    folder: Path, ledger: Ledger, engines: dict[str, Engine]
+) -> None:
+    """Also where whoever started it ignores hang-ups, as nohup does."""
+    command = [sys.executable, "-m", "kvcached.cli.top.command"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_A_TERMINAL, *command],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**os.environ, "KVCACHED_DIR": str(folder), "TERM": "xterm-256color"},
+    )
+    assert done.stdout.split() == [str(-signal.SIGHUP)], done.stderr
 
 
 def test_wrong_use_is_one_line(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -60,6 +61,8 @@ def kvtop(
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         edge.complain("kvtop", "this is no terminal: kvtop --once prints plain text")
         return edge.WRONG_USE
+    # Also under nohup: a screen without its terminal is of no use, and textual's threads spin.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with observer(device) as looks:
         KvTop(looks, interval, set_limit).run()
     return 0
