@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     # All pages are mapped before the work and stay: what is left is the layout's cost.
     "mapped": {"elastic": True, "layout": "block", "warm_pages": 1400},
     "layers": {"elastic": True, "layout": "layer", "warm_pages": 700},  # mapped as well
+    "warm": {"elastic": True, "warm_pages": 64},  # the first step of a burst maps nothing
     "pages64": {"elastic": True, "page_mib": 64},
     "pages128": {"elastic": True, "page_mib": 128},
 }
