@@ -40,30 +40,28 @@ class Ceiling:
         self._ledgers, self._instance, self._clock = ledgers, instance, clock
         self._account: AccountSnapshot | None = None
         self._most = 0
+        self._most_tokens = -1
         self._stale_s = float("-inf")
 
     def exceeded(self, tokens: int) -> Excess | None:
         """By a prompt of which so many tokens must be kept; None where it can fit, and where the
         instance's account or its blocks are not known.
         """
-        account = self._account
-        if account is None or self._clock() >= self._stale_s or self._needed(tokens) > self._most:
-            self._read()
-            account = self._account
-        if account is None or (blocks := self._needed(tokens)) <= self._most:
+        if tokens <= self._most_tokens and self._clock() < self._stale_s:
             return None
-        return Excess(blocks, self._most, account)
-
-    def _needed(self, tokens: int) -> int:
-        assert self._account is not None
-        return ceil_div(tokens + 1, self._account.block_tokens)  # at least one token is generated
+        self._read()
+        if (account := self._account) is None or tokens <= self._most_tokens:
+            return None
+        return Excess(ceil_div(tokens + 1, account.block_tokens), self._most, account)
 
     def _read(self) -> None:
         found = [ledger.snapshot().account(self._instance) for ledger in self._ledgers]
         described = [account for account in found if account is not None and account.block_bytes]
         self._account = account = min(described, key=lambda each: each.ceiling, default=None)
+        self._most_tokens = -1
         if account is not None:
             in_page = account.page_bytes // account.block_bytes
             # Block 0 is the engine's own.
             self._most = max(0, account.ceiling // account.page_bytes * in_page - 1)
+            self._most_tokens = self._most * account.block_tokens - 1  # one more is generated
             self._stale_s = self._clock() + FRESH_S

@@ -112,9 +112,12 @@ def check_request(vllm_config: Any, request: Any) -> None:
     """
     who = identity.of(vllm_config)
     tokens = len(request.prompt_token_ids or ())
+    ceiling = _ceiling(who.ranks, who.instance)
+    if ceiling.exceeded(tokens) is None:
+        return
     window = vllm_config.model_config.get_sliding_window()
     kept = min(tokens, window) if isinstance(window, int) else tokens
-    excess = _ceiling(who.ranks, who.instance).exceeded(kept)
+    excess = ceiling.exceeded(kept)
     if excess is not None:
         account = excess.account
         block = (account.block_tokens, account.block_bytes)

@@ -5,9 +5,11 @@ harm: each hook does its work once. Switched off, a hook returns what it was giv
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from kvcached.config import Config
+from kvcached.engines.vllm import identity
 
 
 def configured(vllm_config: Any, usage_context: Any = None) -> Any:
@@ -31,13 +33,16 @@ def processed(vllm_config: Any, request: Any) -> Any:
     """At the end of the front end's ``process_inputs``: returns the request, or raises
     RequestNeverFitsError with both numbers if its engine can never have memory for it.
     """
-    from kvcached.engines.vllm import identity
-
     if identity.assigned(vllm_config):
-        from kvcached.engines.vllm import front
-
-        front.check_request(vllm_config, request)
+        _front().check_request(vllm_config, request)
     return request
+
+
+@functools.cache  # an import statement for each request costs as much as its check
+def _front() -> Any:
+    from kvcached.engines.vllm import front
+
+    return front
 
 
 def answered(processor: Any, outputs: Any) -> Any:
