@@ -314,6 +314,25 @@ def burst(job: dict[str, Any]) -> dict[str, Any]:
     return {**result, "outputs": generate(llm, job)}
 
 
+def lockstep(job: dict[str, Any]) -> dict[str, Any]:
+    """Of each step with commands: the pages that it needs and that were not sent for before."""
+    llm = build(job)
+    pages = llm.llm_engine.engine_core.engine_core.scheduler.pages
+    take, ahead, late = pages.take_commands, set(), []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        commands = take(*args, **kwargs)
+        if commands is not None:
+            late.append(len({*commands.map} - ahead))
+            ahead.difference_update(commands.map, commands.unmap)
+            ahead.update(commands.ahead)
+        return commands
+
+    pages.take_commands = noted
+    outputs = generate(llm, job)
+    return {"late": late, "outputs": outputs, "ahead": pages.counters.mapped_ahead}
+
+
 def settled(most: float = float("inf")) -> dict[str, int]:
     """The engine's numbers once as much exists as is charged, and no more than so many bytes,
     wherever its workers map them.
@@ -367,7 +386,7 @@ def answer(job: dict[str, Any], result: dict[str, Any]) -> None:
 
 TASKS = {
     task.__name__: task
-    for task in (equality, several, no_maps, fork, ends, until_it_dies, asleep, burst)
+    for task in (equality, several, no_maps, fork, ends, until_it_dies, asleep, burst, lockstep)
 }
 
 

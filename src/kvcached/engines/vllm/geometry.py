@@ -66,9 +66,17 @@ class Geometry:
         whole = [group.block_tokens for group in self.groups if group.window_tokens is None]
         return min(whole or [group.block_tokens for group in self.groups])
 
+    @property
+    def blocks_grown(self) -> int:
+        """The most blocks that a sequence takes every ``block_tokens`` tokens."""
+        return sum(group.block_tokens <= self.block_tokens for group in self.groups)
+
     def least_blocks(self, tokens: int) -> int:
         """Blocks that a sequence of so many tokens cannot do without, over all groups."""
-        return sum(group.least_blocks(tokens) for group in self.groups)
+        blocks = 0
+        for group in self.groups:  # asked for each request: a sum over a generator takes twice that
+            blocks += group.least_blocks(tokens)
+        return blocks
 
     def layout(self, runs: Sequence[int], granularity_bytes: int) -> BlockLayout:
         """The layout: a region for each run of blocks, and a handle a page in each of them."""

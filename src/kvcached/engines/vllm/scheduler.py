@@ -17,8 +17,8 @@ from kvcached.commands import Commands
 from kvcached.config import Config
 from kvcached.engines import signatures
 from kvcached.engines.base import substituted
+from kvcached.engines.course import Course
 from kvcached.engines.devices import join
-from kvcached.engines.ends import Ends
 from kvcached.engines.vllm import adapter, device, geometry, identity, selftest
 from kvcached.engines.vllm.never_fits import reason
 from kvcached.engines.vllm.pool import ElasticBlockPool, ElasticKVCacheManager
@@ -111,6 +111,8 @@ class ElasticScheduler:
         manager.on_shortage = self._note_shortage
         self.instance, self._name = who.instance, who.name
         self._shape = shape
+        self._blocks_a_step = self.max_num_scheduled_tokens // shape.block_tokens
+        self._blocks_grown = shape.blocks_grown  # read in each step
         self._ended = False
         self._short = False
         self._wanted = False  # the demand of this step is said
@@ -120,7 +122,7 @@ class ElasticScheduler:
         self._patience_s = 0.0  # what this step may still wait for memory that is about to come
         self._in_flight = 0  # steps with tokens whose output has not come yet
         self._arrived = 0  # blocks of the prompts that came since the last step
-        self._ends = Ends()
+        self._course = Course(shape.block_tokens)
         self._hopeless: dict[str, str] = {}  # why requests can never fit, by their ids
         logger.info(
             "kvcached: %s on %s: %d blocks of %s, pages of %s, capacity %s",
@@ -146,8 +148,11 @@ class ElasticScheduler:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if not self._short:
             self.account.set_demand(0)
-        new = (self.requests[each.req_id].max_tokens for each in output.scheduled_new_reqs)
-        self._ends.begin_step(new)
+        new = (self.requests[each.req_id] for each in output.scheduled_new_reqs)
+        self._course.begin_step(
+            ((one.request_id, one.num_tokens, one.max_tokens) for one in new),
+            output.finished_req_ids,
+        )
         self._settle()
         commands = self.pages.take_commands()
         output.kvcached_commands = commands
@@ -251,11 +256,12 @@ class ElasticScheduler:
     def _settle(self) -> None:
         if not self.asleep:  # what would be mapped ahead could not leave
             blocks = self.pages.blocks
-            coming = in_line = self._blocks_coming(self._blocks_a_step())
+            coming = in_line = self._blocks_coming(self._blocks_a_step)
             if blocks.empty_pages * blocks.blocks_per_page > coming:
                 in_line = self._blocks_coming(math.inf)
             idle = blocks.used_blocks <= 1 and not in_line
-            self.pages.settle(idle, coming, in_line)
+            growth = 0 if self._short else self._course.growing() * self._blocks_grown
+            self.pages.settle(idle, coming + growth, in_line + growth)
         self.pages.publish()
 
     def _map_early(self) -> None:
@@ -264,10 +270,11 @@ class ElasticScheduler:
         """
         if self.carry is None or self.asleep or self.running or self._in_flight or self._short:
             return
-        coming = min(self._arrived, self._blocks_a_step())
+        coming = min(self._arrived, self._blocks_a_step)
         blocks = self.pages.blocks
         missing = coming // blocks.blocks_per_page - blocks.empty_pages
-        if missing < EARLY_PAGES or len(self.waiting) < 2:  # one alone takes its step at once
+        least = 1 if coming == self._blocks_a_step else EARLY_PAGES  # the rest of a whole step
+        if missing < least or len(self.waiting) < 2:  # one alone takes its step at once
             return
         self.pages.foresee(coming)
         commands = self.pages.take_commands()
@@ -302,9 +309,6 @@ class ElasticScheduler:
         room = max(0, self.max_num_running_reqs - len(self.running) + leaving)
         return itertools.islice(self.waiting, room)
 
-    def _blocks_a_step(self) -> int:
-        return self.max_num_scheduled_tokens // self._shape.block_tokens
-
     def _blocks_coming(self, most: float) -> int:
         """Blocks of the prompts in line that can run or soon will, ``most`` at most, where memory
         is not short. What is cached of them counts too: a page too many is given back when the line
@@ -313,7 +317,7 @@ class ElasticScheduler:
         if self._short or not self.waiting:
             return 0
         blocks = 0
-        for request in self._next_in_line(self._ends.soon()):
+        for request in self._next_in_line(self._course.ending()):
             blocks += self._shape.least_blocks(request.num_tokens)
             if blocks >= most:
                 return int(most)
