@@ -181,8 +181,14 @@ WORKS = {
     "pairs": "200 requests at once, 1024 tokens in, 512 out",
     "short": "400 requests at once, 128 in, 128 out",
     "short-again": "400 others like these, after them",
+    "sustained": "1600 at once, 128 in, 128 out",
     "long": "64 requests at once, 3500 in, 256 out",
+    "paced_tpot_p99": "300, 15 a second, 512 in, 128 out: TPOT p99, ms",
 }
+
+
+def short(figure: float) -> str:
+    return f"{figure:.0f}" if figure >= 100 else f"{figure:.2f}"
 
 
 def overhead(result: Mapping[str, Any]) -> str:
@@ -193,18 +199,20 @@ def overhead(result: Mapping[str, Any]) -> str:
             for work, words in WORKS.items():
                 if kind == "plain" or f"{work}_of_plain" not in row:
                     continue
-                key = "tokens_per_s" if work == "pairs" else f"{work}_tokens_per_s"
-                speeds = [statistics.median(each[key]) for each in (plain, row)]
+                key = {"pairs": "tokens_per_s", "paced_tpot_p99": "paced_tpot_p99_ms"}.get(
+                    work, f"{work}_tokens_per_s"
+                )
                 ratio = row[f"{work}_of_plain"]
                 rows.append(
-                    [f"{one['runner']} {kind}", words, len(row[key])]
-                    + [f"{speed:.0f}" for speed in speeds]
+                    [f"{one['runner']} {kind}", words, min(len(plain[key]), len(row[key]))]
+                    + [short(statistics.median(each[key])) for each in (plain, row)]
                     + [f"{ratio[each]:.4f}" for each in ("median", "least", "most")]
                 )
     caching = "with" if result["prefix_caching"] else "without"
     return (
         f"One engine of the {result['shape']} shape alone on the GPU, {caching} prefix caching, "
-        "plain and with kvcached in turns; tokens a second (medians), and the ratios of the pairs."
+        "plain and with kvcached in turns; tokens a second where nothing else is said (medians), "
+        "and the ratios of the pairs."
         "\n\n" + table(["", "", "pairs", "plain", "kvcached", "of plain", "least", "most"], rows)
     )
 

@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 MAIN = "throughput"
-CONTEXTS = ("short", "short-again", "long")
+CONTEXTS = ("short", "short-again", "sustained", "long")
 
 
 def jobs(
@@ -95,9 +95,9 @@ def summary(
             if key in plain:
                 one[f"{name}_of_plain"] = paired(one[key], plain[key])
         if "paced_tpot_p99_ms" in plain:
-            one["paced_tpot_p99_of_plain"] = statistics.median(
-                one["paced_tpot_p99_ms"]
-            ) / statistics.median(plain["paced_tpot_p99_ms"])
+            one["paced_tpot_p99_of_plain"] = paired(
+                one["paced_tpot_p99_ms"], plain["paced_tpot_p99_ms"]
+            )
     return {"runner": runner, "kinds": found}
 
 
@@ -158,11 +158,12 @@ def table(summaries: list[dict[str, Any]]) -> str:
                         f"   {name}: {ratio['median']:.4f} of plain's tokens/s "
                         f"({ratio['least']:.4f} to {ratio['most']:.4f})"
                     )
-            if "paced_tpot_p99_ms" in row:
+            if "paced_tpot_p99_of_plain" in row:
                 times = ", ".join(f"{ms:.2f}" for ms in row["paced_tpot_p99_ms"])
+                ratio = row["paced_tpot_p99_of_plain"]
                 lines.append(
-                    f"   paced: TPOT p99 {times} ms, "
-                    f"{row.get('paced_tpot_p99_of_plain', 0):.4f} of plain's"
+                    f"   paced: TPOT p99 {times} ms, {ratio['median']:.4f} of plain's "
+                    f"({ratio['least']:.4f} to {ratio['most']:.4f})"
                 )
     return "\n".join(lines)
 

@@ -208,6 +208,11 @@ def short_again(llm: Any, damage: Damage | None) -> dict[str, Any]:
     return _at_once(llm, damage, "short-again", 400, 128, 128)
 
 
+def sustained(llm: Any, damage: Damage | None) -> dict[str, Any]:
+    """As ``short`` for four times as long: 1600 requests, as many of them at once."""
+    return _at_once(llm, damage, "sustained", 1600, 128, 128)
+
+
 def long(llm: Any, damage: Damage | None) -> dict[str, Any]:
     """The same of 64 requests with long contexts: 3500 in, 256 out."""
     return _at_once(llm, damage, "long", 64, 3500, 256)
@@ -316,6 +321,7 @@ WORK: Mapping[str, Callable[[Any, Damage | None], dict[str, Any]]] = {
     "throughput": throughput,
     "short": short,
     "short-again": short_again,
+    "sustained": sustained,
     "long": long,
     "paced": paced,
     "fill": fill,

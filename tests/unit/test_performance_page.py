@@ -152,7 +152,9 @@ def test_an_engine_beside_a_plain_one_has_a_row_for_each_work() -> None:
 
     plain = {"tokens_per_s": [100.0, 102.0], "short_tokens_per_s": [200.0, 204.0]}
     ours = {"tokens_per_s": [99.0, 100.0], "short_tokens_per_s": [198.0, 202.0]}
+    plain["paced_tpot_p99_ms"], ours["paced_tpot_p99_ms"] = [7.0, 8.0], [7.5, 7.7, 7.9]
     told = {"pairs_of_plain": ratio(0.985), "short_of_plain": ratio(0.99)}
+    told["paced_tpot_p99_of_plain"] = ratio(1.02)
     result = {
         "shape": "8b",
         "prefix_caching": True,
@@ -160,8 +162,9 @@ def test_an_engine_beside_a_plain_one_has_a_row_for_each_work() -> None:
     }
     text = performance.overhead(result)
     assert "with prefix caching" in text
-    assert "| V2 kvcached | 200 requests at once, 1024 tokens in, 512 out | 2 | 101 | 100 |" in text
+    assert "| V2 kvcached | 200 requests at once, 1024 tokens in, 512 out | 2 | 101 | 99.50" in text
     assert "| 2 | 202 | 200 | 0.9900 | 0.9800 | 1.0000 |" in text
+    assert "| 2 | 7.50 | 7.70 | 1.0200 | 1.0100 | 1.0300 |" in text, "a run without its pair"
     del told["pairs_of_plain"]  # as throughput.py does with --contexts-alone
     kinds = {"plain": plain, "kvcached": {**ours, **told}}
     result["summaries"] = [{"runner": "V2", "kinds": kinds}]

@@ -167,7 +167,7 @@ def overhead(summaries: list[dict[str, Any]], path: Path) -> None:
         (f"{one['runner']} {kind}\n{name.removesuffix('s')}", row[f"{name}_of_plain"])
         for one in summaries
         for kind, row in one.get("kinds", {}).items()
-        for name in ("pairs", "short", "short-again", "long")
+        for name in ("pairs", "short", "short-again", "sustained", "long")
         if kind != "plain" and f"{name}_of_plain" in row
     ]
     with _axes(path) as axes:
