@@ -9,11 +9,11 @@ from kvcached.engines.course import LATE, LOOK_AHEAD, Course
 
 def test_requests_are_expected_to_end_with_the_last_token_that_they_may_generate() -> None:
     course = Course(16)
-    course.begin_step([("a", 5, 10), ("b", 6, 10), ("c", 7, 11)], [])
+    course.begin_step([("a", 5, 10), ("b", 6, 10), ("c", 7, 11)])
     said = []
     for _ in range(20):
         said.append(course.ending())
-        course.begin_step([], [])
+        course.begin_step([])
     first = 10 - LOOK_AHEAD  # step 1 gives the first token, and in step 11 two places are free
     assert said[:first] == [0] * first
     assert said[first : first + 2] == [2, 3]
@@ -24,7 +24,7 @@ def test_requests_are_expected_to_end_with_the_last_token_that_they_may_generate
 
 def test_a_request_of_one_token_leaves_at_once() -> None:
     course = Course(1)
-    course.begin_step([("a", 5, 1)], [])
+    course.begin_step([("a", 5, 1)])
     assert (course.ending(), course.growing()) == (1, 0)
 
 
@@ -47,12 +47,13 @@ def test_the_steps_in_which_requests_take_blocks_are_known() -> None:
             (f"{step}-{number}", draw.randrange(1, 100), draw.randrange(1, 80))
             for number in range(draw.randrange(3) if step % 300 < 200 else 0)
         ]
-        course.begin_step(new, early)
+        course.leave(early)
+        course.begin_step(new)
         tokens |= {name: prompt for name, prompt, _ in new}
         left |= {name: most - 1 for name, _, most in new}
         left = {name: more for name, more in left.items() if more}
         early = {name for name in left if draw.random() < 0.02}
         left = {name: more for name, more in left.items() if name not in early}
     assert grown > 500
-    course.begin_step([], tokens)
+    course.leave(tokens)
     assert course._remainders == {} and sum(course._growing) == 0, "nothing is kept of them"

@@ -23,14 +23,17 @@ class Course:
         self._remainders: dict[str, int] = {}
         self._growing = [0] * block_tokens  # how many requests have each remainder
 
-    def begin_step(self, new: Iterable[tuple[str, int, int]], gone: Iterable[str]) -> None:
-        """A step that brings in requests, each with the tokens of its prompt and the most that it
-        may generate, and from which others are gone.
+    def leave(self, gone: Iterable[str]) -> None:
+        """Requests that are no longer there, whether they had all their tokens or not."""
+        for name in gone:
+            self._stops(name)
+
+    def begin_step(self, new: Iterable[tuple[str, int, int]]) -> None:
+        """A step that computes tokens, and brings in requests, each with the tokens of its prompt
+        and the most that it may generate.
         """
         self._step += 1
         self._ending.pop(self._step - LATE - 1, None)
-        for name in gone:
-            self._stops(name)
         for name, prompt, most in new:
             self._stops(name)
             self._ending.setdefault(self._step + most, []).append(name)

@@ -148,11 +148,10 @@ class ElasticScheduler:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if not self._short:
             self.account.set_demand(0)
-        new = (self.requests[each.req_id] for each in output.scheduled_new_reqs)
-        self._course.begin_step(
-            ((one.request_id, one.num_tokens, one.max_tokens) for one in new),
-            output.finished_req_ids,
-        )
+        self._course.leave(output.finished_req_ids)
+        if output.total_num_scheduled_tokens > 0:
+            new = (self.requests[each.req_id] for each in output.scheduled_new_reqs)
+            self._course.begin_step((one.request_id, one.num_tokens, one.max_tokens) for one in new)
         self._settle()
         commands = self.pages.take_commands()
         output.kvcached_commands = commands
