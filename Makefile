@@ -94,7 +94,7 @@ mutants:  ## plant bugs into copies of the core, one by one: the simulation must
 
 long-run: build  ## two real engines under load, kills, limits and reclaims for SECONDS=600
 	@echo "== long-run: $(SECONDS) s of two engines"
-	@$(PYTHON) tests/engines/long_run.py --seconds $(SECONDS) --seed $(SEED)
+	@PYTHONPATH=tests/support $(PYTHON) tests/engines/long_run.py --seconds $(SECONDS) --seed $(SEED)
 
 programs:  ## bring prometheus and chromium for the exporter's tests (Debian, Ubuntu)
 	@echo "== programs: build/debian/ with prometheus and chromium"

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests" / "operators"), str(ROOT / "tests" / "engines")]
+sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("operators", "engines", "support")]
 
 from harness import MIB, Load, Pair, environment  # noqa: E402
 from playwright.sync_api import Browser  # noqa: E402

@@ -19,7 +19,6 @@ from harness import (
 from plain import answers_of_plain_vllm
 from versions import vllm_version
 
-sys.path.append(str(HERE.parent / "support"))
 pytest.register_assert_rewrite("two_devices")
 
 DEFAULT_LIMIT_S = 240.0

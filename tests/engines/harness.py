@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from memory_watch import MemoryWatch
 
 import kvcached
 from kvcached.config import child_environment
 from kvcached.demo.models import Model
-from kvcached.demo.sampler import SessionWatch
 from kvcached.demo.servers import ENGINE_ENVIRONMENT, EngineProcess, EngineSpec
 from kvcached.ledger import Ledger
 from kvcached.processes import session_processes
@@ -123,46 +123,6 @@ def p99(values: Sequence[float]) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] if ordered else math.nan
 
 
-class MemoryWatch:
-    """Samples the memfds of engines from outside, every few milliseconds, in a thread."""
-
-    INTERVAL_S = 0.004
-
-    def __init__(self, sessions: Callable[[], Sequence[int]]) -> None:
-        self.peak = 0
-        self.samples = 0
-        self._sessions = sessions
-        self._watches: dict[int, SessionWatch] = {}
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def _total(self) -> int:
-        total = 0
-        for session in self._sessions():
-            if session not in self._watches:
-                self._watches[session] = SessionWatch(session)
-            total += self._watches[session].physical_bytes()
-        return total
-
-    def _run(self) -> None:
-        while not self._end.wait(self.INTERVAL_S):
-            total = self._total()
-            if total > self.peak:
-                # Two files are not read at one moment: bytes that went from one to the other in
-                # between would count twice. What is really there is there the next time too.
-                total = min(total, self._total(), self._total())
-            self.peak = max(self.peak, total)
-            self.samples += 1
-
-    def __enter__(self) -> MemoryWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-
 @dataclass(slots=True)
 class Answer:
     """What a server said to one request."""
@@ -228,6 +188,8 @@ class Server:
             for pid in session_processes(self.session):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            gone = f"{self.name} has ended"  # its memory and its row may still be there until then
+            wait_until(lambda: not session_processes(self.session), 20, gone)
             self.stop()
 
     def log(self) -> str:

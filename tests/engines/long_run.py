@@ -291,6 +291,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers end with it
     with tempfile.TemporaryDirectory(prefix="kvcached-long-") as folder:
         return long_run(options.seconds, options.seed, Path(folder))
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import MAX_TOKENS, MIB, PROMPTS, LlmProcess, MemoryWatch, switched_on
+from harness import MAX_TOKENS, MIB, PROMPTS, LlmProcess, switched_on
+from memory_watch import MemoryWatch
 
 CASES = [
     # name, multi-process, capacity, preempts, arguments

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sgl_harness import PROMPTS, Engine, MemoryWatch, switched_on
+from memory_watch import MemoryWatch
+from sgl_harness import PROMPTS, Engine, switched_on
 
 from kvcached.units import ceil_div
 
@@ -23,7 +24,7 @@ def check(
     job = {"task": "equality", "model": str(model), "arguments": arguments}
     on = switched_on(tmp_path, capacity, **changes)
     engine = Engine(tmp_path / "engine", job, on, *paths)
-    with engine, MemoryWatch(engine) as memory:
+    with engine, MemoryWatch(lambda: [engine.session]) as memory:
         result = engine.answer()
 
     assert result["outputs"] == [plain, plain]

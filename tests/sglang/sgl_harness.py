@@ -8,15 +8,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from memory_watch import MemoryWatch
+
 import kvcached
 from kvcached.config import child_environment
-from kvcached.demo.sampler import SessionWatch
 from kvcached.demo.servers import ENGINE_ENVIRONMENT
 from kvcached.ledger import Ledger
 from kvcached.processes import session_processes
@@ -150,44 +150,6 @@ class VllmEngine(Engine):
     ENVIRONMENT = ENGINE_ENVIRONMENT
 
 
-class MemoryWatch:
-    """Samples the memory of engines from outside, every few milliseconds, in a thread."""
-
-    def __init__(self, *engines: Engine) -> None:
-        self.peak = 0
-        self.samples = 0
-        self._watches: list[SessionWatch] = []
-        for engine in engines:
-            self.add(engine)
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def add(self, engine: Engine) -> None:
-        """Watches this one from now on, too."""
-        self._watches = [*self._watches, SessionWatch(engine.session)]
-
-    def total(self) -> int:
-        return sum(watch.physical_bytes() for watch in self._watches)
-
-    def _run(self) -> None:
-        while not self._end.wait(0.004):
-            total = self.total()
-            if total > self.peak:
-                # Two files are not read at one moment: bytes that went from one to the other in
-                # between would count twice. What is really there is there the next time too.
-                total = min(total, self.total(), self.total())
-            self.peak = max(self.peak, total)
-            self.samples += 1
-
-    def __enter__(self) -> MemoryWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-
 class Sharing:
     """Engines that wait for bursts (task ``bursts``) under one budget, the ledger between them, and
     the memory behind all of them.
@@ -199,7 +161,7 @@ class Sharing:
         self._starts = starts
         self._bursts = dict.fromkeys(starts, 0)
         self.engines = {name: start() for name, start in starts.items()}
-        self.memory = MemoryWatch(*self.engines.values())
+        self.memory = MemoryWatch(lambda: [each.session for each in self.engines.values()])
         try:
             for engine in self.engines.values():
                 engine.answer()
@@ -251,7 +213,6 @@ class Sharing:
     def start_again(self, name: str) -> None:
         """Returns at once; the next burst waits until it is there."""
         self.engines[name] = self._starts[name]()
-        self.memory.add(self.engines[name])
         self._bursts[name] = 0
 
     def __enter__(self) -> Sharing:
