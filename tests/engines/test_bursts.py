@@ -67,5 +67,5 @@ def test_blocks_that_a_batch_takes_all_at_once_are_mapped_before_that(
     assert [len(answer) for answer in found["outputs"]] == [MAX_TOKENS] * 48
     # 48 blocks of 128 KiB after the prompts, and as many 32 steps later.
     assert found["ahead"] >= 12
-    first = next(place for place, pages in enumerate(found["late"]) if pages)
+    first = next((place for place, pages in enumerate(found["late"]) if pages), 0)
     assert sum(found["late"][first + 1 :]) <= 1, "no later step waits for more than a page"
