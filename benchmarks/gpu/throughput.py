@@ -108,7 +108,7 @@ def paired(ours: Sequence[float], plain: Sequence[float]) -> dict[str, float]:
 
 
 def _figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    first = next(name for name in (MAIN, *CONTEXTS) if name in runs[0]["work"])
+    first = next(name for name in (MAIN, *CONTEXTS, "paced") if name in runs[0]["work"])
     works = [run["work"][first] for run in runs]
     paced = [run["work"]["paced"] for run in runs if "paced" in run["work"]]
     told = {
@@ -177,7 +177,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=2, help="rounds of all kinds")
     parser.add_argument("--paced", default="", help="runners that also get paced requests")
     parser.add_argument("--contexts", default="", help=f"more work: {', '.join(CONTEXTS)}")
-    parser.add_argument("--contexts-alone", action="store_true", help="nothing but that")
+    parser.add_argument("--contexts-alone", action="store_true", help="no 1024 in and 512 out")
     parser.add_argument("--prefix-caching", action="store_true", help="in all engines")
     parser.add_argument("--machine", default="", help="its name in the results")
     parser.add_argument("--plot", type=Path, help="a PNG to write; needs matplotlib")

@@ -224,7 +224,10 @@ def _at_once(
     draw = random.Random(seed)
     play(llm, [Ask(_prompt(draw, 64), 8) for _ in range(4)])
     asks = [Ask(_prompt(draw, prompt), answer) for _ in range(requests)]
-    result = play(llm, asks, damage=damage)
+    return _without_tokens(play(llm, asks, damage=damage))
+
+
+def _without_tokens(result: dict[str, Any]) -> dict[str, Any]:
     result["output_tokens_per_s"] = result["output_tokens"] / result["seconds"]
     del result["tokens"]
     return result
@@ -239,9 +242,7 @@ def paced(llm: Any, damage: Damage | None) -> dict[str, Any]:
     for _ in range(300):
         asks.append(Ask(_prompt(draw, 512), 128, at_s=at_s))
         at_s += draw.expovariate(15)
-    result = play(llm, asks, damage=damage)
-    del result["tokens"]
-    return result
+    return _without_tokens(play(llm, asks, damage=damage))
 
 
 def fill(llm: Any, damage: Damage | None) -> dict[str, Any]:
