@@ -39,8 +39,7 @@ class Ceiling:
     ) -> None:
         self._ledgers, self._instance, self._clock = ledgers, instance, clock
         self._account: AccountSnapshot | None = None
-        self._most = 0
-        self._most_tokens = -1
+        self._most_tokens = -1  # of a prompt that fits
         self._stale_s = float("-inf")
 
     def exceeded(self, tokens: int) -> Excess | None:
@@ -52,7 +51,8 @@ class Ceiling:
         self._read()
         if (account := self._account) is None or tokens <= self._most_tokens:
             return None
-        return Excess(ceil_div(tokens + 1, account.block_tokens), self._most, account)
+        most = (self._most_tokens + 1) // account.block_tokens
+        return Excess(ceil_div(tokens + 1, account.block_tokens), most, account)
 
     def _read(self) -> None:
         found = [ledger.snapshot().account(self._instance) for ledger in self._ledgers]
@@ -62,6 +62,6 @@ class Ceiling:
         if account is not None:
             in_page = account.page_bytes // account.block_bytes
             # Block 0 is the engine's own.
-            self._most = max(0, account.ceiling // account.page_bytes * in_page - 1)
-            self._most_tokens = self._most * account.block_tokens - 1  # one more is generated
+            most = max(0, account.ceiling // account.page_bytes * in_page - 1)
+            self._most_tokens = most * account.block_tokens - 1  # one more is generated
             self._stale_s = self._clock() + FRESH_S

@@ -111,13 +111,15 @@ def check_request(vllm_config: Any, request: Any) -> None:
     engine could only let wait for ever. Raises RequestNeverFitsError.
     """
     who = identity.of(vllm_config)
-    tokens = len(request.prompt_token_ids or ())
+    kept = len(request.prompt_token_ids or ())
     ceiling = _ceiling(who.ranks, who.instance)
-    if ceiling.exceeded(tokens) is None:
+    excess = ceiling.exceeded(kept)
+    if excess is None:
         return
     window = vllm_config.model_config.get_sliding_window()
-    kept = min(tokens, window) if isinstance(window, int) else tokens
-    excess = ceiling.exceeded(kept)
+    if isinstance(window, int) and window < kept:
+        kept = window
+        excess = ceiling.exceeded(kept)
     if excess is not None:
         account = excess.account
         block = (account.block_tokens, account.block_bytes)
