@@ -177,18 +177,19 @@ def _both(
     return f"{1e3 * values[0]:.0f} / {1e3 * values[1]:.0f} ms ({row[f'{key}_{figure}']:.2f})"
 
 
+# What each ratio is of, in words; where its figures are, and how many decimals they have.
 WORKS = {
-    "pairs": "200 requests at once, 1024 tokens in, 512 out",
-    "short": "400 requests at once, 128 in, 128 out",
-    "short-again": "400 others like these, after them",
-    "sustained": "1600 at once, 128 in, 128 out",
-    "long": "64 requests at once, 3500 in, 256 out",
-    "paced_tpot_p99": "300, 15 a second, 512 in, 128 out: TPOT p99, ms",
+    "pairs": ("200 requests at once, 1024 tokens in, 512 out", "tokens_per_s", 0),
+    "short": ("400 requests at once, 128 in, 128 out", "short_tokens_per_s", 0),
+    "short-again": ("400 others like these, after them", "short-again_tokens_per_s", 0),
+    "sustained": ("1600 at once, 128 in, 128 out", "sustained_tokens_per_s", 0),
+    "long": ("64 requests at once, 3500 in, 256 out", "long_tokens_per_s", 0),
+    "paced_tpot_p99": (
+        "300, 15 a second, 512 in, 128 out: TPOT p99, ms",
+        "paced_tpot_p99_ms",
+        2,
+    ),
 }
-
-
-def short(figure: float) -> str:
-    return f"{figure:.0f}" if figure >= 100 else f"{figure:.2f}"
 
 
 def overhead(result: Mapping[str, Any]) -> str:
@@ -196,16 +197,13 @@ def overhead(result: Mapping[str, Any]) -> str:
     for one in result["summaries"]:
         plain = one["kinds"]["plain"]
         for kind, row in one["kinds"].items():
-            for work, words in WORKS.items():
+            for work, (words, key, decimals) in WORKS.items():
                 if kind == "plain" or f"{work}_of_plain" not in row:
                     continue
-                key = {"pairs": "tokens_per_s", "paced_tpot_p99": "paced_tpot_p99_ms"}.get(
-                    work, f"{work}_tokens_per_s"
-                )
                 ratio = row[f"{work}_of_plain"]
                 rows.append(
                     [f"{one['runner']} {kind}", words, min(len(plain[key]), len(row[key]))]
-                    + [short(statistics.median(each[key])) for each in (plain, row)]
+                    + [f"{statistics.median(each[key]):.{decimals}f}" for each in (plain, row)]
                     + [f"{ratio[each]:.4f}" for each in ("median", "least", "most")]
                 )
     caching = "with" if result["prefix_caching"] else "without"

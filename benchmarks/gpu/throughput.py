@@ -38,6 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 MAIN = "throughput"
 CONTEXTS = ("short", "short-again", "sustained", "long")
+SPEEDS = ("pairs", *CONTEXTS)  # works that have a ratio of tokens a second
 
 
 def jobs(
@@ -151,7 +152,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
                 f"{row['tpot_p99_ms']:5.2f} ms {row['ttft_p99_s']:6.2f} s "
                 f"{row['used_idle_gib']:8.1f} {row['used_end_gib']:6.1f}"
             )
-            for name in ("pairs", *CONTEXTS):
+            for name in SPEEDS:
                 if f"{name}_of_plain" in row:
                     ratio = row[f"{name}_of_plain"]
                     lines.append(
@@ -207,7 +208,7 @@ def main() -> int:
     }
     (out / "throughput.json").write_text(json.dumps(told, indent=1))
     if options.plot is not None:
-        pictures.overhead(summaries, options.plot)
+        pictures.overhead(summaries, SPEEDS, options.plot)
     print(table(summaries))
     return 0 if not any("problem" in one for one in summaries) else 1
 

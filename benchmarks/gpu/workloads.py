@@ -262,9 +262,7 @@ def burst(llm: Any, damage: Damage | None) -> dict[str, Any]:
 
 def _no_tokens(llm: Any, seed: str, count: int, prompt: int, answer: int) -> dict[str, Any]:
     draw = random.Random(seed)
-    result = play(llm, [Ask(_prompt(draw, prompt), answer) for _ in range(count)])
-    del result["tokens"]
-    return result
+    return _without_tokens(play(llm, [Ask(_prompt(draw, prompt), answer) for _ in range(count)]))
 
 
 def nothing(llm: Any, damage: Damage | None) -> dict[str, Any]:

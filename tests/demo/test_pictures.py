@@ -78,5 +78,5 @@ def test_overhead_is_drawn_by_pairs(tmp_path: Path) -> None:
     kinds = {"plain": {"pairs_of_plain": ratio}, "kvcached": {"pairs_of_plain": ratio}}
     kinds["kvcached"]["long_of_plain"] = ratio
     summaries = [{"runner": "V2", "kinds": kinds}, {"runner": "V1", "problem": "none finished"}]
-    pictures.overhead(summaries, tmp_path / "picture.png")
+    pictures.overhead(summaries, ("pairs", "short", "long"), tmp_path / "picture.png")
     assert is_picture(tmp_path / "picture.png")

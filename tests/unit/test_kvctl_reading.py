@@ -258,7 +258,7 @@ def test_shells_complete_commands_and_names(ledger: Ledger, shell: str) -> None:
     # Not the shell that runs the tests, which typer would look for.
     named = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     script = spawn("--show-completion", shell, env=named)
-    assert f"complete_{shell}" in script.out
+    assert f"_KVCTL_COMPLETE=complete_{shell}" in script.out
     for account in accounts:
         account.close()
 

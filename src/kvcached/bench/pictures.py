@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -161,13 +161,15 @@ def reclaim(result: dict[str, Any], path: Path) -> None:
         axes.legend(frameon=False)
 
 
-def overhead(summaries: list[dict[str, Any]], path: Path) -> None:
-    """The speed of each kind of engine over plain vLLM's: every pair, and the median."""
+def overhead(summaries: list[dict[str, Any]], works: Sequence[str], path: Path) -> None:
+    """The speed of each kind of engine over plain vLLM's, in these works: every pair, and the
+    median.
+    """
     bars = [
         (f"{one['runner']} {kind}\n{name.removesuffix('s')}", row[f"{name}_of_plain"])
         for one in summaries
         for kind, row in one.get("kinds", {}).items()
-        for name in ("pairs", "short", "short-again", "sustained", "long")
+        for name in works
         if kind != "plain" and f"{name}_of_plain" in row
     ]
     with _axes(path) as axes:
