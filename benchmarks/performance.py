@@ -215,6 +215,48 @@ def overhead(result: Mapping[str, Any]) -> str:
     )
 
 
+NUMBERED = {
+    "paced": "300 requests, 15 a second, 512 in, 128 out",
+    "throughput": WORKS["pairs"][0],
+    **{name: WORKS[name][0] for name in ("short", "sustained", "long")},
+}
+# What these figures are called; one of them is what a work is about (``figures``).
+FIGURES = {
+    "tokens_per_s": "tokens/s",
+    "tpot_p99_ms": "TPOT p99, ms",
+    "tpot_mean_ms": "TPOT mean, ms",
+    "ttft_p99_ms": "TTFT p99, ms",
+}
+
+
+def pairs(result: Mapping[str, Any]) -> str:
+    rows = []
+    for work, told in result["works"].items():
+        about = result["figures"][work]
+        for key in (about, *(key for key in FIGURES if key != about)):
+            if work == "paced" and key == "tokens_per_s":
+                continue  # as many as arrive
+            sides = [[one[side][key] for one in told["pairs"]] for side in ("plain", "kvcached")]
+            ratio = told["of_plain"][key]
+            rows.append(
+                [NUMBERED[work] if key == about else "", FIGURES[key], len(told["pairs"])]
+                + [f"{statistics.median(values):.{_decimals(key)}f}" for values in sides]
+                + [f"{ratio[each]:.4f}" for each in ("median", "least", "most")]
+            )
+    caching = "with" if result["prefix_caching"] else "without"
+    how = "compiled, prompts as graphs" if result["compiled"] else "prompts kernel by kernel"
+    return (
+        f"{result['engines']} plain and {result['engines']} with kvcached, all alive, that answer "
+        f"the same requests in turn; {result['shape']}, {result['runner']}, {caching} prefix "
+        f"caching, {how}. Medians, and the ratios of the pairs.\n\n"
+        + table(["", "", "pairs", "plain", "kvcached", "of plain", "least", "most"], rows)
+    )
+
+
+def _decimals(key: str) -> int:
+    return 2 if key.startswith("tpot") else 0
+
+
 def reclaim(result: Mapping[str, Any]) -> str:
     rows = []
     for kind, words in (("idle", "at rest"), ("busy", "at work")):
@@ -248,11 +290,13 @@ MAKERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "elasticity": elasticity,
     "multi_llm": multi_llm,
     "overhead": overhead,
+    "pairs": pairs,
     "reclaim": reclaim,
 }
 TITLES = {
     "multi_llm": "Several models under intermittent peaks",
     "overhead": "One engine, plain and elastic",
+    "pairs": "Engines in pairs, plain and elastic",
     "reclaim": "How soon memory comes",
     "fragmentation": "Fragmentation",
     "simulate": "Fleets, simulated",

@@ -324,7 +324,7 @@ def run(job: Job, folder: Path) -> None:
     """Builds the engine and does the work; results in ``folder/NAME.json`` at each step."""
     from points import play_point
     from sleep_work import WORK as SLEEPING
-    from workloads import WORK, verdict
+    from workloads import WORK, is_numbered, numbered, verdict
 
     result: dict[str, Any] = {"name": job.name, "ok": False, "work": {}}
 
@@ -356,6 +356,8 @@ def run(job: Job, folder: Path) -> None:
             result["work"][name] = play_point(llm, *files, turns)
         elif (part := name.partition("-")[0]) in SLEEPING and job.sleep_mode:
             result["work"][name] = SLEEPING[part](llm, None)
+        elif is_numbered(name):
+            result["work"][name] = numbered(llm, name)
         else:
             result["work"][name] = WORK[name](llm, lose(job.loses) if job.loses else None)
         result["work"][name]["commands"] = list(commands)

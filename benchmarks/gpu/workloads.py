@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 Damage = Callable[[Any], None]
 LOW_TOKEN, HIGH_TOKEN = 10, 120_000
 DAMAGE_AT_STEP = 12
+# Requests at once; tokens of a prompt and of an answer.
+BURSTS: Mapping[str, tuple[int, int, int]] = {
+    "throughput": (200, 1024, 512),
+    "short": (400, 128, 128),
+    "sustained": (1600, 128, 128),
+    "long": (64, 3500, 256),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,27 +202,27 @@ def prefix(llm: Any, damage: Damage | None) -> dict[str, Any]:
 
 def throughput(llm: Any, damage: Damage | None) -> dict[str, Any]:
     """200 requests at once, 1024 tokens in, 512 out; a few before that do not count."""
-    return _at_once(llm, damage, "throughput", 200, 1024, 512)
+    return _at_once(llm, damage, "throughput", *BURSTS["throughput"])
 
 
 def short(llm: Any, damage: Damage | None) -> dict[str, Any]:
     """The same of 400 requests with short contexts: 128 in, 128 out."""
-    return _at_once(llm, damage, "short", 400, 128, 128)
+    return _at_once(llm, damage, "short", *BURSTS["short"])
 
 
 def short_again(llm: Any, damage: Damage | None) -> dict[str, Any]:
     """As ``short``, with other prompts: by then an engine has met such a burst."""
-    return _at_once(llm, damage, "short-again", 400, 128, 128)
+    return _at_once(llm, damage, "short-again", *BURSTS["short"])
 
 
 def sustained(llm: Any, damage: Damage | None) -> dict[str, Any]:
     """As ``short`` for four times as long: 1600 requests, as many of them at once."""
-    return _at_once(llm, damage, "sustained", 1600, 128, 128)
+    return _at_once(llm, damage, "sustained", *BURSTS["sustained"])
 
 
 def long(llm: Any, damage: Damage | None) -> dict[str, Any]:
     """The same of 64 requests with long contexts: 3500 in, 256 out."""
-    return _at_once(llm, damage, "long", 64, 3500, 256)
+    return _at_once(llm, damage, "long", *BURSTS["long"])
 
 
 def _at_once(
@@ -237,9 +244,31 @@ def paced(llm: Any, damage: Damage | None) -> dict[str, Any]:
     """300 requests of 512 tokens in and 128 out, 15 a second on average: far from what the GPU
     can do.
     """
-    draw = random.Random("paced")
+    return _paced(llm, damage, "paced", 300)
+
+
+def is_numbered(name: str) -> bool:
+    """Whether it is work that comes over and over, ``WORK-NUMBER`` (``numbered``)."""
+    work, _, number = name.rpartition("-")
+    return number.isdigit() and (work == "paced" or work in BURSTS)
+
+
+def numbered(llm: Any, name: str) -> dict[str, Any]:
+    """``paced-NUMBER`` or a burst's name with a number: each has requests of its own. Number 0 is
+    a fifth of them, to warm up.
+    """
+    work, _, number = name.rpartition("-")
+    part = 1 if int(number) else 5
+    if work == "paced":
+        return _paced(llm, None, name, 300 // part)
+    requests, prompt, answer = BURSTS[work]
+    return _at_once(llm, None, name, requests // part, prompt, answer)
+
+
+def _paced(llm: Any, damage: Damage | None, seed: str, requests: int) -> dict[str, Any]:
+    draw = random.Random(seed)
     asks, at_s = [], 0.0
-    for _ in range(300):
+    for _ in range(requests):
         asks.append(Ask(_prompt(draw, 512), 128, at_s=at_s))
         at_s += draw.expovariate(15)
     return _without_tokens(play(llm, asks, damage=damage))

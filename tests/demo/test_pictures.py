@@ -80,3 +80,10 @@ def test_overhead_is_drawn_by_pairs(tmp_path: Path) -> None:
     summaries = [{"runner": "V2", "kinds": kinds}, {"runner": "V1", "problem": "none finished"}]
     pictures.overhead(summaries, ("pairs", "short", "long"), tmp_path / "picture.png")
     assert is_picture(tmp_path / "picture.png")
+
+
+def test_pairs_are_drawn_by_what_their_work_is_about(tmp_path: Path) -> None:
+    pair = {"plain": {"tpot_p99_ms": 7.0}, "kvcached": {"tpot_p99_ms": 7.1}}
+    told = {"pairs": [pair], "of_plain": {"tpot_p99_ms": {"median": 7.1 / 7.0}}}
+    pictures.pairs({"paced": told}, {"paced": "tpot_p99_ms"}, tmp_path / "picture.png")
+    assert is_picture(tmp_path / "picture.png")

@@ -183,6 +183,23 @@ def overhead(summaries: list[dict[str, Any]], works: Sequence[str], path: Path) 
         axes.set_ylabel("tokens a second, over plain vLLM's")
 
 
+def pairs(works: dict[str, Any], wanted: dict[str, str], path: Path) -> None:
+    """Engines with kvcached over plain ones: each pair, and the median. ``wanted``: of each work,
+    the figure that is drawn.
+    """
+    with _axes(path) as axes:
+        for place, (work, told) in enumerate(works.items()):
+            key = wanted[work]
+            ratios = [one["kvcached"][key] / one["plain"][key] for one in told["pairs"]]
+            axes.plot([place] * len(ratios), ratios, "o", color=KINDS[0], alpha=0.6)
+            axes.plot(place, told["of_plain"][key]["median"], "_", color=KINDS[1], markersize=30)
+        axes.axhline(1.0, color="#999", linestyle="--")
+        words = [f"{work}\n{wanted[work].replace('_', ' ')}" for work in works]
+        axes.set_xticks(range(len(words)), words)
+        axes.set_xlim(-0.5, len(words) - 0.5)
+        axes.set_ylabel("over plain vLLM's")
+
+
 def moved(told: dict[str, Any], path: Path) -> None:
     """Memory that went from an engine to another on a GPU, by time; A at rest and at work."""
     with _axes(path, 2) as panels:
