@@ -80,7 +80,6 @@ def make_jobs(
     schedule: Schedule, options: argparse.Namespace, model: str, out: Path
 ) -> dict[tuple[str, int], Job]:
     """By side and index."""
-
     changes: dict[str, Any] = {"compilation": COMPILED} if options.compiled else {}
 
     def job(side: str, index: int) -> Job:
