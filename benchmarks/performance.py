@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,32 +200,40 @@ def overhead(result: Mapping[str, Any]) -> str:
             for work, (words, key, decimals) in WORKS.items():
                 if kind == "plain" or f"{work}_of_plain" not in row:
                     continue
-                ratio = row[f"{work}_of_plain"]
-                rows.append(
-                    [f"{one['runner']} {kind}", words, min(len(plain[key]), len(row[key]))]
-                    + [f"{statistics.median(each[key]):.{decimals}f}" for each in (plain, row)]
-                    + [f"{ratio[each]:.4f}" for each in ("median", "least", "most")]
-                )
+                cells = _of_plain(plain[key], row[key], row[f"{work}_of_plain"], decimals)
+                rows.append([f"{one['runner']} {kind}", words, *cells])
     caching = "with" if result["prefix_caching"] else "without"
     return (
         f"One engine of the {result['shape']} shape alone on the GPU, {caching} prefix caching, "
         "plain and with kvcached in turns; tokens a second where nothing else is said (medians), "
         "and the ratios of the pairs."
-        "\n\n" + table(["", "", "pairs", "plain", "kvcached", "of plain", "least", "most"], rows)
+        "\n\n" + table(OF_PLAIN, rows)
     )
 
 
+def _of_plain(
+    plain: Sequence[float], ours: Sequence[float], ratio: Mapping[str, float], decimals: int
+) -> list[object]:
+    """Cells of a row: how many pairs, the medians, and the ratios of the pairs."""
+    return [
+        min(len(plain), len(ours)),
+        *(f"{statistics.median(values):.{decimals}f}" for values in (plain, ours)),
+        *(f"{ratio[each]:.4f}" for each in ("median", "least", "most")),
+    ]
+
+
+OF_PLAIN = ("", "", "pairs", "plain", "kvcached", "of plain", "least", "most")
 NUMBERED = {
     "paced": "300 requests, 15 a second, 512 in, 128 out",
     "throughput": WORKS["pairs"][0],
     **{name: WORKS[name][0] for name in ("short", "sustained", "long")},
 }
-# What these figures are called; one of them is what a work is about (``figures``).
+# What these figures are called, and their decimals; one is what a work is about (``figures``).
 FIGURES = {
-    "tokens_per_s": "tokens/s",
-    "tpot_p99_ms": "TPOT p99, ms",
-    "tpot_mean_ms": "TPOT mean, ms",
-    "ttft_p99_ms": "TTFT p99, ms",
+    "tokens_per_s": ("tokens/s", 0),
+    "tpot_p99_ms": ("TPOT p99, ms", 2),
+    "tpot_mean_ms": ("TPOT mean, ms", 2),
+    "ttft_p99_ms": ("TTFT p99, ms", 0),
 }
 
 
@@ -236,25 +244,19 @@ def pairs(result: Mapping[str, Any]) -> str:
         for key in (about, *(key for key in FIGURES if key != about)):
             if work == "paced" and key == "tokens_per_s":
                 continue  # as many as arrive
-            sides = [[one[side][key] for one in told["pairs"]] for side in ("plain", "kvcached")]
-            ratio = told["of_plain"][key]
-            rows.append(
-                [NUMBERED[work] if key == about else "", FIGURES[key], len(told["pairs"])]
-                + [f"{statistics.median(values):.{_decimals(key)}f}" for values in sides]
-                + [f"{ratio[each]:.4f}" for each in ("median", "least", "most")]
+            plain, ours = (
+                [one[side][key] for one in told["pairs"]] for side in ("plain", "kvcached")
             )
+            words, decimals = FIGURES[key]
+            cells = _of_plain(plain, ours, told["of_plain"][key], decimals)
+            rows.append([NUMBERED[work] if key == about else "", words, *cells])
     caching = "with" if result["prefix_caching"] else "without"
     how = "compiled, prompts as graphs" if result["compiled"] else "prompts kernel by kernel"
     return (
         f"{result['engines']} plain and {result['engines']} with kvcached, all alive, that answer "
         f"the same requests in turn; {result['shape']}, {result['runner']}, {caching} prefix "
-        f"caching, {how}. Medians, and the ratios of the pairs.\n\n"
-        + table(["", "", "pairs", "plain", "kvcached", "of plain", "least", "most"], rows)
+        f"caching, {how}. Medians, and the ratios of the pairs.\n\n" + table(OF_PLAIN, rows)
     )
-
-
-def _decimals(key: str) -> int:
-    return 2 if key.startswith("tpot") else 0
 
 
 def reclaim(result: Mapping[str, Any]) -> str:

@@ -9,12 +9,10 @@ nothing. See README.md for what to set up.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import fleet
@@ -263,9 +261,7 @@ def table(verdicts: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
-    parser.add_argument("--shape", choices=sorted(fleet.SHAPES), default="1b")
+    parser = fleet.parser(__doc__, shape="1b", limit_s=420.0)
     parser.add_argument("--runners", default="V2,V1", help="vLLM's model runners")
     parser.add_argument(
         "--cases",
@@ -274,10 +270,8 @@ def main() -> int:
         "sliding, hnd, flashinfer, flashinfer-layer, flashinfer-wide, flashinfer-zero, ngram",
     )
     parser.add_argument("--at-a-time", type=int, default=4, help="engines at a time")
-    parser.add_argument("--limit", type=float, default=420.0, help="seconds in all")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    out = options.out.resolve()
+    out = options.out
     model = fleet.make_model(out / "models", options.shape)
     windowed = fleet.make_model(out / "models", options.shape, sliding_window=512)
     names, runners = options.cases.split(","), options.runners.split(",")

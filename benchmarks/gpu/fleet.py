@@ -6,6 +6,7 @@ not survive a fork.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -53,15 +54,37 @@ SHAPES: dict[str, dict[str, Any]] = {
 STARTED = time.monotonic()
 
 
+def parser(about: str | None, *, shape: str = "8b", limit_s: float) -> argparse.ArgumentParser:
+    """What each of these scripts is told: where its files go, which model it is about, and how
+    long it may take. ``about``: its docstring, whose first line is shown.
+    """
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
+    parser.add_argument(
+        "--out", type=_whole_path, required=True, help="folder for results and logs"
+    )
+    parser.add_argument("--shape", choices=sorted(SHAPES), default=shape)
+    parser.add_argument("--limit", type=float, default=limit_s, help="seconds in all")
+    return parser
+
+
+def _whole_path(text: str) -> Path:
+    return Path(text).resolve()
+
+
+def vocabulary(shape: str) -> int:
+    """How many tokens such a model knows."""
+    return int(SHAPES[shape].get("vocab_size", 128256))
+
+
 def weight_bytes(shape: str) -> int:
     """What a model's parameters take in 16 bits, about."""
-    one = {"vocab_size": 128256} | SHAPES[shape]
+    one = SHAPES[shape]
     hidden = one["hidden_size"]
     head = one.get("head_dim", hidden // one["num_attention_heads"])
     attention = 2 * hidden * head * (one["num_attention_heads"] + one["num_key_value_heads"])
     layer = attention + 3 * hidden * one["intermediate_size"]
     tables = 1 if one.get("tie_word_embeddings") else 2
-    return 2 * int(one["num_hidden_layers"] * layer + tables * one["vocab_size"] * hidden)
+    return 2 * int(one["num_hidden_layers"] * layer + tables * vocabulary(shape) * hidden)
 
 
 def say(text: str) -> None:
@@ -83,7 +106,7 @@ def make_model(folder: Path, shape: str, sliding_window: int | None = None) -> s
         "rope_theta": 500000.0,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-        "vocab_size": 128256,
+        "vocab_size": vocabulary(shape),
     }
     kind = "llama" if sliding_window is None else "mistral"
     if sliding_window is not None:

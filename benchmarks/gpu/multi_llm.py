@@ -25,6 +25,7 @@ from typing import Any
 import arrivals
 import fleet
 import multi_llm_report as report
+import workloads
 from arrivals import Lengths, Peaks
 from engine import GIB, Job
 from fleet import Fleet
@@ -102,7 +103,7 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
         read_trace(options.trace),
         lengths,
         seed=options.seed,
-        vocabulary=min(fleet.SHAPES[shape].get("vocab_size", 120_000) for shape in options.shapes),
+        vocabulary=min(workloads.HIGH_TOKEN, *map(fleet.vocabulary, options.shapes)),
         give_up_s=options.give_up,
     )
 

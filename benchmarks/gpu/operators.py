@@ -262,19 +262,15 @@ def play(checks: Checks, engines: Fleet, pair: tuple[Job, Job], on_host: bool) -
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
-    parser.add_argument("--shape", choices=sorted(fleet.SHAPES), default="1b")
+    parser = fleet.parser(__doc__, shape="1b", limit_s=300.0)
     parser.add_argument("--runner", choices=("V1", "V2"), default="V2")
     parser.add_argument("--rounds", type=int, default=4, help="how long they have work")
     parser.add_argument("--device", default="gpu", help="or host:NAME, for the CPU: --shape tiny")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds in all")
     options = parser.parse_args()
-    out = options.out.resolve()
-    (out / "models").mkdir(parents=True, exist_ok=True)
+    out = options.out
     on_host = options.device.startswith("host:")
     model = fleet.make_model(out / "models", options.shape)
-    workloads.HIGH_TOKEN = min(120_000, fleet.SHAPES[options.shape].get("vocab_size", 120_000) - 1)
+    workloads.keep_within(fleet.vocabulary(options.shape))
     fleet.preload(on_host)
     device = options.device if on_host else fleet.gpu_uuid()
     os.environ |= {"KVCACHED_DIR": str(out / "ledger"), "KVCACHED_DEVICE": device}

@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,13 @@ def figure(work: str) -> str:
     return "tpot_p99_ms" if work == "paced" else "tokens_per_s"
 
 
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """Who does what when. In each round every pair of engines does each work; all warm up first."""
 
-    def __init__(self, works: Sequence[str], engines: int, rounds: int) -> None:
-        self.works, self.engines, self.rounds = tuple(works), engines, rounds
+    works: tuple[str, ...]
+    engines: int
+    rounds: int
 
     def parts(self, index: int) -> tuple[str, ...]:
         """The work of the engines with this index, in order: work 0 warms up."""
@@ -134,14 +137,18 @@ def play(schedule: Schedule, jobs: dict[tuple[str, int], Job], engines: Fleet) -
     engines.finish()
 
 
+def answers(work: dict[str, Any]) -> list[tuple[float, float]]:
+    """Of each that came: milliseconds to its first token, and between tokens."""
+    return [(1e3 * each[1], 1e3 * each[2]) for each in work["each"] if each is not None]
+
+
 def figures(work: dict[str, Any]) -> dict[str, float]:
-    """Of one engine's answers. ``each`` has a row for what no answer came for, too."""
-    answers = [each for each in work["each"] if each is not None]
-    between = spread([1e3 * tpot for _, _, tpot in answers])
+    """Of one engine's answers."""
+    first, between = (spread(times) for times in zip(*answers(work), strict=True))
     return {f"tpot_{key}_ms": value for key, value in between.items()} | {
-        "ttft_p99_ms": spread([1e3 * ttft for _, ttft, _ in answers])["p99"],
+        "ttft_p99_ms": first["p99"],
         "tokens_per_s": work["output_tokens_per_s"],
-        "answers": len(answers),
+        "answers": len(answers(work)),
         "waited_for_pages_ms": 1e3 * sum(row[1] for row in work["commands"]),
     }
 
@@ -161,7 +168,7 @@ def summary(results: dict[str, dict[str, Any]], schedule: Schedule) -> dict[str,
             by_side = {side: figures(one) for side, one in done.items()}
             pairs.append({"engines": index, "first": sides[0], **by_side})
             for side, one in done.items():
-                together[side] += [1e3 * each[2] for each in one["each"] if each is not None]
+                together[side] += [between for _, between in answers(one)]
         if pairs:
             told[wanted] = {"pairs": pairs, **_of_plain(pairs, together)}
     return told
@@ -197,9 +204,7 @@ def table(works: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
-    parser.add_argument("--shape", choices=sorted(fleet.SHAPES), default="8b")
+    parser = fleet.parser(__doc__, limit_s=540.0)
     parser.add_argument("--runner", choices=("V1", "V2"), default="V2")
     parser.add_argument(
         "--works",
@@ -217,16 +222,14 @@ def main() -> int:
     parser.add_argument("--device", default="gpu", help="or host:NAME, for the CPU: --shape tiny")
     parser.add_argument("--machine", default="", help="its name in the results")
     parser.add_argument("--plot", type=Path, help="a PNG to write; needs matplotlib")
-    parser.add_argument("--limit", type=float, default=540.0, help="seconds in all")
     options = parser.parse_args()
     if unknown := set(options.works) - {"paced", *workloads.BURSTS}:
         parser.error(f"--works: {', '.join(sorted(unknown))} is none of them")
-    out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    out = options.out
     model = fleet.make_model(out / "models", options.shape)
-    workloads.HIGH_TOKEN = min(120_000, fleet.SHAPES[options.shape].get("vocab_size", 120_000) - 1)
+    workloads.keep_within(fleet.vocabulary(options.shape))
     fleet.preload(options.device.startswith("host:"))
-    schedule = Schedule(options.works, options.engines, options.rounds)
+    schedule = Schedule(tuple(options.works), options.engines, options.rounds)
     engines = Fleet(out, options.limit)
     play(schedule, make_jobs(schedule, options, model, out), engines)
     works = summary(engines.results, schedule)

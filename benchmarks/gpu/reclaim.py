@@ -9,7 +9,6 @@ far. A's steps are timed: what its running requests felt.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -235,20 +234,16 @@ def table(told: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
-    parser.add_argument("--shape", choices=sorted(fleet.SHAPES), default="8b")
+    parser = fleet.parser(__doc__, limit_s=300.0)
     parser.add_argument("--runner", choices=("V1", "V2"), default="V2")
     parser.add_argument("--plot", type=Path, help="a PNG to write; needs matplotlib")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds in all")
     parser.add_argument(
         "--kv-gib",
         type=float,
         help="KV memory of both together: 56 where more than 80 GB would not get full",
     )
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    out = options.out.resolve()
+    out = options.out
     model = fleet.make_model(out / "models", options.shape)
     fleet.preload()
     uuid = fleet.gpu_uuid()

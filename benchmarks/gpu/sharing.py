@@ -13,7 +13,6 @@ What the GPU says is in use is read while both are idle before the burst, and af
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -223,20 +222,16 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
-    parser.add_argument("--shape", choices=sorted(fleet.SHAPES), default="8b")
+    parser = fleet.parser(__doc__, limit_s=480.0)
     parser.add_argument("--runner", choices=("V1", "V2"), default="V2")
     parser.add_argument(
         "--set-ups", default="alone,halves,shared", help="also halves-both, shared-both"
     )
-    parser.add_argument("--limit", type=float, default=480.0, help="seconds in all")
     parser.add_argument(
         "--kv-gib", type=float, help="KV memory of both together, to compare as on a smaller GPU"
     )
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    out = options.out.resolve()
+    out = options.out
     model = fleet.make_model(out / "models", options.shape)
     fleet.preload()
     gpu = nvml.Gpu(fleet.gpu_uuid())

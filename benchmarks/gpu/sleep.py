@@ -13,7 +13,6 @@ With ``--http`` an engine behind ``vllm serve`` sleeps and wakes instead, by /sl
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -215,15 +214,11 @@ def table(told: dict[str, Any], import_s: float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
-    parser.add_argument("--shape", choices=sorted(fleet.SHAPES), default="8b")
+    parser = fleet.parser(__doc__, limit_s=300.0)
     parser.add_argument("--runner", choices=("V1", "V2"), default="V2")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds in all")
     parser.add_argument("--http", action="store_true", help="one engine behind `vllm serve`")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    out = options.out.resolve()
+    out = options.out
     model = fleet.make_model(out / "models", options.shape)
     if options.http:
         import sleep_http

@@ -269,16 +269,11 @@ PARTS: dict[str, tuple[Part, float]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
+    parser = fleet.parser(__doc__, limit_s=900.0)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--shape", choices=sorted(fleet.SHAPES), default="8b")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--kills-s", type=float, default=240.0, help="seconds for them at most")
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds in all")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.out = options.out.resolve()
     options.model = fleet.make_model(options.out / "models", options.shape)
     fleet.preload()
     engines = Fleet(options.out, options.limit)

@@ -9,7 +9,6 @@ drifts does so for all. ``--kinds`` adds engines that tell where the cost comes 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -170,9 +169,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
-    parser.add_argument("--shape", choices=sorted(fleet.SHAPES), default="8b")
+    parser = fleet.parser(__doc__, limit_s=420.0)
     parser.add_argument("--runners", default="V2")
     parser.add_argument("--kinds", default="plain,kvcached", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--pairs", type=int, default=2, help="rounds of all kinds")
@@ -182,10 +179,8 @@ def main() -> int:
     parser.add_argument("--prefix-caching", action="store_true", help="in all engines")
     parser.add_argument("--machine", default="", help="its name in the results")
     parser.add_argument("--plot", type=Path, help="a PNG to write; needs matplotlib")
-    parser.add_argument("--limit", type=float, default=420.0, help="seconds in all")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    out = options.out.resolve()
+    out = options.out
     model = fleet.make_model(out / "models", options.shape)
     fleet.preload()
     engines = Fleet(out, options.limit)

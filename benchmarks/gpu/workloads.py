@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,15 @@ DAMAGE_AT_STEP = 12
 BURSTS: Mapping[str, tuple[int, int, int]] = {
     "throughput": (200, 1024, 512),
     "short": (400, 128, 128),
-    "sustained": (1600, 128, 128),
+    "sustained": (1600, 128, 128),  # as short, for four times as long
     "long": (64, 3500, 256),
 }
+
+
+def keep_within(vocabulary: int) -> None:
+    """From now on, prompts have only tokens that such a model knows."""
+    global HIGH_TOKEN
+    HIGH_TOKEN = min(HIGH_TOKEN, vocabulary - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,34 +207,11 @@ def prefix(llm: Any, damage: Damage | None) -> dict[str, Any]:
     }
 
 
-def throughput(llm: Any, damage: Damage | None) -> dict[str, Any]:
-    """200 requests at once, 1024 tokens in, 512 out; a few before that do not count."""
-    return _at_once(llm, damage, "throughput", *BURSTS["throughput"])
-
-
-def short(llm: Any, damage: Damage | None) -> dict[str, Any]:
-    """The same of 400 requests with short contexts: 128 in, 128 out."""
-    return _at_once(llm, damage, "short", *BURSTS["short"])
-
-
-def short_again(llm: Any, damage: Damage | None) -> dict[str, Any]:
-    """As ``short``, with other prompts: by then an engine has met such a burst."""
-    return _at_once(llm, damage, "short-again", *BURSTS["short"])
-
-
-def sustained(llm: Any, damage: Damage | None) -> dict[str, Any]:
-    """As ``short`` for four times as long: 1600 requests, as many of them at once."""
-    return _at_once(llm, damage, "sustained", *BURSTS["sustained"])
-
-
-def long(llm: Any, damage: Damage | None) -> dict[str, Any]:
-    """The same of 64 requests with long contexts: 3500 in, 256 out."""
-    return _at_once(llm, damage, "long", *BURSTS["long"])
-
-
 def _at_once(
-    llm: Any, damage: Damage | None, seed: str, requests: int, prompt: int, answer: int
+    llm: Any, damage: Damage | None, seed: str, burst: tuple[int, int, int]
 ) -> dict[str, Any]:
+    """One of ``BURSTS``, its tokens drawn by ``seed``; a few requests before that do not count."""
+    requests, prompt, answer = burst
     draw = random.Random(seed)
     play(llm, [Ask(_prompt(draw, 64), 8) for _ in range(4)])
     asks = [Ask(_prompt(draw, prompt), answer) for _ in range(requests)]
@@ -262,7 +246,7 @@ def numbered(llm: Any, name: str) -> dict[str, Any]:
     if work == "paced":
         return _paced(llm, None, name, 300 // part)
     requests, prompt, answer = BURSTS[work]
-    return _at_once(llm, None, name, requests // part, prompt, answer)
+    return _at_once(llm, None, name, (requests // part, prompt, answer))
 
 
 def _paced(llm: Any, damage: Damage | None, seed: str, requests: int) -> dict[str, Any]:
@@ -346,11 +330,9 @@ WORK: Mapping[str, Callable[[Any, Damage | None], dict[str, Any]]] = {
     "stop": stop,
     "abort": abort,
     "prefix": prefix,
-    "throughput": throughput,
-    "short": short,
-    "short-again": short_again,
-    "sustained": sustained,
-    "long": long,
+    **{name: partial(_at_once, seed=name, burst=burst) for name, burst in BURSTS.items()},
+    # Other prompts: by then an engine has met such a burst.
+    "short-again": partial(_at_once, seed="short-again", burst=BURSTS["short"]),
     "paced": paced,
     "fill": fill,
     "refill": fill,
